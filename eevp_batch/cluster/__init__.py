@@ -1,0 +1,1 @@
+"""The cluster: the only part that knows Ray."""

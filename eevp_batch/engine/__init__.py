@@ -1,0 +1,1 @@
+"""The engine: knows tensors, nothing of Parquet or Ray."""

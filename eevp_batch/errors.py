@@ -1,0 +1,160 @@
+"""Every exception this package raises on purpose, and the exit code each one ends a command with.
+
+    EevpError                     1
+    ├── UsageError                2   what the user gave cannot be used; found before anything starts
+    │   ├── SpecError                 the job file: file, line, field, found, allowed
+    │   ├── InputError                the input data: file, column, found, allowed
+    │   └── ModelError                the model folder: missing, unsupported, not to be trusted
+    ├── TooManyErrorsError        3   the job ended with more error rows than `run.max_error_rate` allows
+    ├── ResumeRefusedError        4   the output folder belongs to another job; names each changed field
+    ├── ClusterError              5   no cluster to be reached, or it refused us
+    ├── VerifyFailedError         6   the output does not account for every row
+    ├── JobFailedError            1   replicas kept dying, or storage kept failing
+    │   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
+    ├── EngineError               1
+    │   └── EngineStalledError        a step ran nothing while work remained: a bug, never waited out
+    └── RowError                      one row cannot be done; it becomes an error row, the job goes on
+        ├── EmptyPromptError
+        ├── PromptTooLongError
+        ├── PromptRenderError         the template raised, or the messages are not messages
+        └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EevpError(Exception):
+    """Base of everything raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(EevpError):
+    """What the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """The job file is wrong in one place.
+
+    Attributes:
+        file: path of the job file, or the option (`--set`) that the value came from.
+        line: 1-based line in `file`, or None when the value came from an option.
+        field: dotted name, such as `exit.threshold`.
+        found: what stands there.
+        allowed: what may stand there.
+    """
+
+    def __init__(self, file: str, line: int | None, field: str, found: Any, allowed: str) -> None:
+        self.file, self.line, self.field, self.found, self.allowed = (
+            file,
+            line,
+            field,
+            found,
+            allowed,
+        )
+        place = f"{file}:{line}" if line is not None else file
+        super().__init__(f"{place}: {field}: found {found}; allowed: {allowed}")
+
+
+class InputError(UsageError):
+    """The input data is wrong in one place.
+
+    Attributes:
+        file: path of the Parquet file (or pattern) at fault.
+        field: column or spec field.
+        found: what stands there.
+        allowed: what may stand there.
+    """
+
+    def __init__(self, file: str, field: str, found: Any, allowed: str) -> None:
+        self.file, self.field, self.found, self.allowed = file, field, found, allowed
+        super().__init__(f"{file}: {field}: found {found}; allowed: {allowed}")
+
+
+class ModelError(UsageError):
+    """The model cannot be used: missing, of an unsupported family, or not to be trusted."""
+
+
+class TooManyErrorsError(EevpError):
+    """More rows failed than `run.max_error_rate` allows."""
+
+    exit_code = 3
+
+
+class ResumeRefusedError(EevpError):
+    """The output folder was planned by a job with another fingerprint.
+
+    Attributes:
+        changes: for each changed field its name, the planned value and the value now.
+    """
+
+    exit_code = 4
+
+    def __init__(self, out: str, changes: list[tuple[str, Any, Any]]) -> None:
+        self.out, self.changes = out, changes
+        lines = [f"  {name}: planned {before!r}, now {now!r}" for name, before, now in changes]
+        super().__init__(
+            f"{out} was planned by another job; changed:\n"
+            + "\n".join(lines)
+            + "\nUse another output.path, or put the fields back."
+        )
+
+
+class ClusterError(EevpError):
+    """The Ray cluster cannot be reached or refused us."""
+
+    exit_code = 5
+
+
+class VerifyFailedError(EevpError):
+    """The output folder does not account for every row.
+
+    Attributes:
+        problems: one sentence each, naming the file.
+    """
+
+    exit_code = 6
+
+    def __init__(self, out: str, problems: list[str]) -> None:
+        self.out, self.problems = out, problems
+        super().__init__(f"{out}: {len(problems)} problem(s)\n" + "\n".join(problems))
+
+
+class JobFailedError(EevpError):
+    """The job cannot go on: replicas kept dying, or storage kept failing."""
+
+
+class StaleAttemptError(JobFailedError):
+    """An attempt of an earlier lease arrived after the chunk was leased again."""
+
+
+class EngineError(EevpError):
+    """The engine broke one of its own rules."""
+
+
+class EngineStalledError(EngineError):
+    """A step ran nothing while work remained."""
+
+
+class RowError(EevpError):
+    """One row cannot be done; it becomes an error row."""
+
+
+class EmptyPromptError(RowError):
+    """The prompt is null, empty or encodes to no token."""
+
+
+class PromptTooLongError(RowError):
+    """The prompt has more tokens than `prompt.max_prompt_tokens` or the memory allows."""
+
+
+class PromptRenderError(RowError):
+    """The template raised, or the messages are not a list of {role, content}."""
+
+
+class NonFiniteScoresError(RowError):
+    """The model gave NaN or infinite scores for this row."""

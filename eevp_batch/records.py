@@ -1,0 +1,183 @@
+"""What crosses a boundary between rooms: plain data, no tensor, no table, no actor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+RowId = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One generation to make: a row's prompt, tokenised.
+
+    Attributes:
+        row_id: the value of the input's id column.
+        token_ids: [T] prompt tokens, T >= 1.
+        sample_index: 0..n-1, which of the row's generations this is.
+        tag: opaque to the engine, handed back with the result (a replica keeps the chunk id here).
+    """
+
+    row_id: RowId
+    token_ids: list[int]
+    sample_index: int = 0
+    tag: Any = None
+
+
+class TokenExit(NamedTuple):
+    """One emitted token: its id, the layer it left after, and the confidence it left with."""
+
+    token_id: int
+    exit_layer: int
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One finished generation.
+
+    Attributes:
+        exits: one entry per generated token, the end token included where it was produced.
+        finish_reason: `eos`, `stop` (a stop string) or `length`.
+        seed: the 64-bit seed of this (job seed, row id, sample index), unsigned.
+    """
+
+    row_id: RowId
+    sample_index: int
+    prompt_tokens: int
+    exits: list[TokenExit]
+    text: str
+    finish_reason: str
+    seed: int
+    num_layers: int
+    tag: Any = None
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.exits)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [exit.token_id for exit in self.exits]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        return [exit.exit_layer for exit in self.exits]
+
+    @property
+    def exit_confidences(self) -> list[float]:
+        return [exit.confidence for exit in self.exits]
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean over the generated tokens, 1..num_layers."""
+        return sum(exit.exit_layer for exit in self.exits) / len(self.exits)
+
+    @property
+    def layers_skipped_fraction(self) -> float:
+        """Share of (generated tokens x layers) that the exits skipped, 0..1."""
+        return 1.0 - self.mean_exit_layer / self.num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """One row (all of its samples) that could not be done.
+
+    Attributes:
+        error_class: name of the exception class.
+        attempts: how often the row was tried.
+    """
+
+    row_id: RowId
+    error_class: str
+    message: str
+    attempts: int = 1
+    tag: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStats:
+    """Counters of one or more chunks; they merge by `+`.
+
+    Attributes:
+        rows_ok, rows_error: input rows.
+        generations: output rows (rows_ok x samples).
+        exit_histogram: generated tokens by exit layer.
+        busy_s: seconds between the start of the chunk on its replica and its attempt file; chunks
+            overlap on a replica, so this is not machine time.
+    """
+
+    rows_ok: int = 0
+    rows_error: int = 0
+    generations: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    busy_s: float = 0.0
+    exit_histogram: Counter[int] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    error_classes: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: ChunkStats) -> ChunkStats:
+        return ChunkStats(
+            rows_ok=self.rows_ok + other.rows_ok,
+            rows_error=self.rows_error + other.rows_error,
+            generations=self.generations + other.generations,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            generated_tokens=self.generated_tokens + other.generated_tokens,
+            busy_s=self.busy_s + other.busy_s,
+            exit_histogram=self.exit_histogram + other.exit_histogram,
+            finish_reasons=self.finish_reasons + other.finish_reasons,
+            error_classes=self.error_classes + other.error_classes,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.rows_ok + self.rows_error
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        """Mean over all generated tokens; None before the first one."""
+        total = sum(self.exit_histogram.values())
+        if not total:
+            return None
+        return sum(layer * count for layer, count in self.exit_histogram.items()) / total
+
+    @classmethod
+    def of(
+        cls, generations: list[Generation], failures: list[RowFailure], busy_s: float
+    ) -> ChunkStats:
+        """Count one chunk's results."""
+        histogram: Counter[int] = Counter()
+        for generation in generations:
+            histogram.update(generation.exit_layers)
+        return cls(
+            rows_ok=len({generation.row_id for generation in generations}),
+            rows_error=len(failures),
+            generations=len(generations),
+            prompt_tokens=sum(g.prompt_tokens for g in generations if g.sample_index == 0),
+            generated_tokens=sum(g.generated_tokens for g in generations),
+            busy_s=busy_s,
+            exit_histogram=histogram,
+            finish_reasons=Counter(g.finish_reason for g in generations),
+            error_classes=Counter(f.error_class for f in failures),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; counters become objects with sorted keys."""
+        out: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        for name in ("exit_histogram", "finish_reasons", "error_classes"):
+            out[name] = {str(key): count for key, count in sorted(out[name].items())}
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ChunkStats:
+        """The inverse of `to_json`."""
+        stats = cls(**data)
+        return replace(
+            stats,
+            exit_histogram=Counter({int(k): n for k, n in data["exit_histogram"].items()}),
+            finish_reasons=Counter(data["finish_reasons"]),
+            error_classes=Counter(data["error_classes"]),
+        )

@@ -1,0 +1,1 @@
+"""Storage: knows Parquet and filesystems, nothing of tensors or Ray."""

@@ -1,0 +1,169 @@
+"""The one seam to attention kernels: packed queries against paged keys/values.
+
+Registered with transformers' `AttentionInterface` under `ATTENTION_NAME`; a model's own attention
+modules call it after projecting and rotating. Knows rows and pages, nothing of sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from eevp_batch.engine.kv_cache import KvPool
+
+ATTENTION_NAME = "eevp_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedRows:
+    """Rows [start, stop) of a pack that belong to one sequence with several tokens.
+
+    Attributes:
+        pages: [P] pages of the sequence.
+        is_fresh: the rows are all positions of the sequence from 0 on, so that their keys/values
+            need not be read back.
+    """
+
+    start: int
+    stop: int
+    pages: torch.Tensor
+    is_fresh: bool
+
+
+@dataclass(slots=True)
+class AttentionLayout:
+    """Who may look at what, the same for every layer of a segment.
+
+    Attributes:
+        slots: [N] where each row's key/value goes.
+        positions: [N] position of each row in its sequence.
+        single_pages: [num_single, P] pages of the sequences that bring one token each; these are
+            the first `num_single` rows.
+        ragged: the sequences that bring several tokens.
+    """
+
+    pool: KvPool
+    slots: torch.Tensor
+    positions: torch.Tensor
+    single_pages: torch.Tensor
+    num_single: int
+    ragged: list[RaggedRows]
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def mask(
+        self, start: int, stop: int, num_keys: int, window: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Additive mask [stop - start, num_keys]: 0 where a row may look, -inf elsewhere.
+
+        A row at position t looks at positions t - window + 1 .. t, or 0 .. t without a window.
+        """
+        name = (start, stop, num_keys, window)
+        if name not in self._masks:
+            query = self.positions[start:stop, None]
+            key = torch.arange(num_keys, device=query.device)
+            visible = key <= query
+            if window is not None:
+                visible &= key > query - window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=query.device)
+            self._masks[name] = mask.masked_fill_(~visible, float("-inf"))
+        return self._masks[name]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: AttentionLayout,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write the rows' keys/values to the pool and attend.
+
+    Args:
+        module: the model's attention module; `layer_idx` names its layer.
+        query: [1, H, N, D], rotated.
+        key: [1, num_kv_heads, N, D], rotated.
+        value: [1, num_kv_heads, N, D].
+        attention_mask: unused, the layout says who may look at what.
+        layout: the pack's layout.
+        scaling: factor on the scores.
+        sliding_window: positions that a token may look back, itself included.
+
+    Returns:
+        [1, N, H, D] and None (no attention weights).
+    """
+    layer_index: int = module.layer_idx  # type: ignore[assignment]
+    num_rows, num_heads, head_size = query.shape[2], query.shape[1], query.shape[3]
+    layout.pool.write(layer_index, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = query.new_zeros(num_rows, num_heads, head_size)
+    if layout.num_single:
+        out[: layout.num_single] = _attend_singles(
+            query[0, :, : layout.num_single].transpose(0, 1),
+            layout,
+            layer_index,
+            scaling,
+            sliding_window,
+        )
+    for rows in layout.ragged:
+        span = slice(rows.start, rows.stop)
+        if rows.is_fresh:
+            keys, values = key[:, :, span], value[:, :, span]
+        else:
+            keys, values = layout.pool.read(layer_index, rows.pages[None])
+        num_keys = keys.shape[2]
+        is_causal = rows.is_fresh and (sliding_window is None or num_keys <= sliding_window)
+        attended = scaled_dot_product_attention(
+            query[:, :, span],
+            _repeat_heads(keys, num_heads),
+            _repeat_heads(values, num_heads),
+            attn_mask=None
+            if is_causal
+            else layout.mask(rows.start, rows.stop, num_keys, sliding_window, query.dtype),
+            is_causal=is_causal,
+            scale=scaling,
+        )
+        out[span] = attended[0].transpose(0, 1)
+    return out.unsqueeze(0), None
+
+
+def _attend_singles(
+    query: torch.Tensor,
+    layout: AttentionLayout,
+    layer_index: int,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """One query token per sequence, [B, H, D] -> [B, H, D].
+
+    The H / num_kv_heads query heads of a key head are taken as query *rows* of that head, so that
+    keys and values are read once and never repeated.
+    """
+    batch, num_heads, head_size = query.shape
+    keys, values = layout.pool.read(layer_index, layout.single_pages)
+    num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
+    group = num_heads // num_kv_heads
+    mask = layout.mask(0, batch, num_keys, window, query.dtype)
+    attended = scaled_dot_product_attention(
+        query.reshape(batch, num_kv_heads, group, head_size),
+        keys,
+        values,
+        attn_mask=mask[:, None, None, :].expand(batch, 1, group, num_keys),
+        scale=scaling,
+    )
+    return attended.reshape(batch, num_heads, head_size)
+
+
+def _repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[1, num_kv_heads, T, D] -> [1, num_heads, T, D]."""
+    return states.repeat_interleave(num_heads // states.shape[1], dim=1)
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,251 @@
+"""May this token leave here? Confidence, thresholds, and the token it leaves as."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
+from eevp_batch.engine.sampling import choose, penalise
+from eevp_batch.engine.segmented_model import SegmentOutput
+from eevp_batch.errors import UsageError
+from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
+
+
+GATHER_LIMIT = 0.5
+"""Rows of the head are gathered per token while B * K stays below this share of V, counted at the
+largest batch: beyond it a dense product over V is no dearer (measured: 64 rows, V = 49,152, K = 256
+cost 4.5 ms gathered and 14 ms dense, K = 1024 cost 48 ms). Never by the batch at hand, so that a
+row's scores are computed the same way whoever its batch mates are."""
+
+
+class Head(Protocol):
+    """What exits need of a model."""
+
+    @property
+    def head_weight(self) -> torch.Tensor: ...
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def scores(self, normed: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What became of each front token; plain lists, moved to the host in one copy.
+
+    Attributes:
+        token_ids: the token that each would leave as.
+        confidences: at this exit.
+        leaves: whether it leaves.
+        is_finite: False where the model's scores were not finite; nothing else counts then.
+    """
+
+    token_ids: list[int]
+    confidences: list[float]
+    leaves: list[bool]
+    is_finite: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Fronts:
+    """What deciding needs to know about the front tokens, beside their states.
+
+    Attributes:
+        seats: [B] rows of the per-seat buffers.
+        steps: generated tokens so far, for the decaying threshold.
+        uniforms: numbers in [0, 1) that draw the tokens; unused when greedy.
+    """
+
+    seats: torch.Tensor
+    steps: Sequence[int]
+    uniforms: Sequence[float]
+
+
+def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None) -> float:
+    """The threshold at generated token `step`, falling from confident to bold.
+
+    CALM (arXiv 2207.07061, equation 5): clip(0.9 lambda + 0.1 exp(-tau t / T), 0, 1). With
+    `decay.scaled` both terms are scaled by the threshold, as the code of arXiv 2410.18952 does.
+    """
+    if decay is None:
+        return threshold
+    fading = 0.1 * math.exp(-decay.temperature * step / max_steps)
+    if decay.scaled:
+        return threshold * (0.9 + fading)
+    return min(max(0.9 * threshold + fading, 0.0), 1.0)
+
+
+def confidence(
+    kind: str,
+    scores: torch.Tensor,
+    outside_lse: torch.Tensor | None,
+    vocab_size: int,
+    states: SegmentOutput,
+) -> torch.Tensor:
+    """Confidence [B] float32 of the model in its best token.
+
+    Probabilities are over the whole vocabulary: a pruned softmax alone would overstate them, so the
+    mass outside, known from where the vocabulary was cut, is folded back in.
+
+    Args:
+        kind: `margin` (arXiv 2410.18952, section 3), `max_prob`, `entropy` (1 - H / log V, the mass
+            outside taken as spread evenly) or `hidden_cosine` (CALM, section 3.4: cosine of the
+            states before and after the exit layer).
+        scores: [B, C] float32, the whole vocabulary or the kept ids.
+        outside_lse: [B], or None when `scores` is the whole vocabulary.
+        vocab_size: V.
+        states: before and after the exit layer.
+    """
+    if kind == "hidden_cosine":
+        return cosine_similarity(states.hidden.float(), states.before.float(), dim=-1)
+    total = scores.logsumexp(-1)
+    if outside_lse is not None:
+        total = torch.logaddexp(total, outside_lse)
+    if kind == "entropy":
+        return 1.0 - _entropy(scores, total, outside_lse, vocab_size) / math.log(vocab_size)
+    if kind == "max_prob":
+        return (scores.amax(-1) - total).exp()
+    best = top_k(scores, min(2, scores.shape[1]))[0].sort(-1, descending=True).values
+    probabilities = (best - total[:, None]).exp()
+    return probabilities[:, 0] - probabilities[:, 1:].sum(-1)
+
+
+def _entropy(
+    scores: torch.Tensor, total: torch.Tensor, outside_lse: torch.Tensor | None, vocab_size: int
+) -> torch.Tensor:
+    """H [B] in nats."""
+    log_probabilities = scores - total[:, None]
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    num_outside = vocab_size - scores.shape[1]
+    if outside_lse is None or not num_outside:
+        return entropy
+    log_outside = outside_lse - total
+    spread = log_outside.exp() * (log_outside - math.log(num_outside))
+    return entropy - torch.where(log_outside.isinf(), 0.0, spread)
+
+
+class ExitRule:
+    """Decides at every exit; holds what the pruned vocabulary leaves behind from exit to exit.
+
+    Args:
+        head: norm and LM head of the model.
+        exit_layers: e_1 < ... < e_D.
+        prune_layer: the exit layer that cuts the vocabulary, or None for no pruning.
+        exits: thresholds, confidence, K.
+        sampling: how a token is chosen.
+        always_kept: ids that pruning never drops (end and stop ids).
+        max_resident: seats.
+        max_batch: most rows per call; decides once how pruned scores are computed.
+
+    Raises:
+        UsageError: K is smaller than the number of ids that are always kept.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        exit_layers: Sequence[int],
+        prune_layer: int | None,
+        exits: ExitSpec,
+        sampling: SamplingSpec,
+        always_kept: Sequence[int],
+        max_resident: int,
+        max_batch: int,
+    ) -> None:
+        self._head, self._exits, self._sampling = head, exits, sampling
+        weight = head.head_weight
+        self._device, self._vocab_size = weight.device, weight.shape[0]
+        self._last = len(exit_layers) - 1
+        self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
+        thresholds = exits.threshold
+        self._thresholds = (
+            list(thresholds) if isinstance(thresholds, list) else [thresholds] * self._last
+        )
+        self._always = torch.tensor(sorted(set(always_kept)), device=self._device)
+        self._k = min(exits.vocab.top_k or self._vocab_size, self._vocab_size)
+        if self._k < len(self._always):
+            raise UsageError(
+                f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
+                "for the end and stop ids are always kept"
+            )
+        self._gathers = max_batch * self._k < GATHER_LIMIT * self._vocab_size
+        if self._prune_depth is not None:
+            shape = (max_resident, self._k)
+            self._kept_ids = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._outside = torch.zeros(max_resident, device=self._device)
+        self._penalises = sampling.repetition_penalty != 1.0
+        if self._penalises:
+            shape = (max_resident, self._vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+
+    def watch(self, seat: int, token_ids: Sequence[int], *, start: bool = False) -> None:
+        """Tell which ids a seat's sequence contains; `start` forgets the seat's last sequence."""
+        if not self._penalises:
+            return
+        if start:
+            self._seen[seat] = False
+        self._seen[seat, torch.tensor(token_ids, device=self._device)] = True
+
+    def decide(self, depth: int, states: SegmentOutput, fronts: Fronts) -> Decision:
+        """Decide for each front token whether it leaves after segment `depth`, and as what.
+
+        Args:
+            depth: 0-based exit; at the last one every token leaves.
+            states: [B, E] states of the front tokens.
+            fronts: their seats, steps and numbers.
+        """
+        scores, ids, outside = self._scores(depth, states, fronts.seats)
+        trust = confidence(
+            self._exits.confidence, scores, outside, self._vocab_size, states
+        )  # [B]
+        finite = scores.logsumexp(-1).isfinite()
+        if self._penalises:
+            seen = self._seen[fronts.seats]
+            seen = seen if ids is None else seen.gather(1, ids)
+            scores = penalise(scores, seen, self._sampling.repetition_penalty)
+        uniforms = torch.tensor(fronts.uniforms, dtype=torch.float32, device=self._device)
+        columns = choose(scores, uniforms, self._sampling)
+        token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
+        leaves = trust > self._bars(depth, fronts.steps)
+        columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
+        host = torch.stack(columns_out).tolist()  # the one host sync
+        return Decision(
+            token_ids=[int(token_id) for token_id in host[0]],
+            confidences=host[1],
+            leaves=[bool(leave) or depth == self._last for leave in host[2]],
+            is_finite=[bool(good) for good in host[3]],
+        )
+
+    def _scores(
+        self, depth: int, states: SegmentOutput, seats: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Scores [B, C], their ids [B, C] (None: the whole vocabulary) and the mass outside."""
+        normed = self._head.normed(states.hidden)
+        is_full_end = depth == self._last and self._exits.vocab.final_head == "full"
+        if self._prune_depth is None or depth < self._prune_depth or is_full_end:
+            return self._head.scores(normed), None, None
+        if depth == self._prune_depth:
+            vocab, scores = prune(self._head.scores(normed), self._k, self._always)
+            self._kept_ids[seats] = vocab.ids
+            self._outside[seats] = vocab.outside_lse
+            return scores, vocab.ids.long(), vocab.outside_lse
+        ids = self._kept_ids[seats]
+        if self._gathers:
+            scores = pruned_scores(normed, self._head.head_weight, ids)
+        else:
+            scores = self._head.scores(normed).gather(1, ids.long())
+        return scores, ids.long(), self._outside[seats]
+
+    def _bars(self, depth: int, steps: Sequence[int]) -> torch.Tensor:
+        """Threshold [B] float64 of each front token."""
+        if depth == self._last:
+            return torch.zeros(len(steps), device=self._device)
+        limit, decay = self._sampling.max_new_tokens, self._exits.decay
+        bars = [decayed(self._thresholds[depth], step, limit, decay) for step in steps]
+        return torch.tensor(bars, dtype=torch.float32, device=self._device)

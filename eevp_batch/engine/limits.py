@@ -1,0 +1,86 @@
+"""How many sequences and pages fit: what `engine: auto` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from eevp_batch.engine.kv_cache import PAGE_SIZE
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.errors import UsageError
+from eevp_batch.spec import EngineSpec
+
+AUTO_BATCH = {"cpu": 64, "cuda": 256}
+AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
+AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
+AUTO_DEVICE_SHARE = 0.85
+AGE_CAP_STEPS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine may hold and run at a time.
+
+    Attributes:
+        max_batch: sequences per segment run.
+        max_resident: sequences in memory; more than a batch when there are exits, so that a full
+            batch can gather at each depth.
+        max_tokens: packed tokens per segment run, prompts included.
+        num_pages: pages of the KV pool.
+        max_pages: pages of the longest sequence.
+        age_cap: steps after which waiting outweighs a full batch.
+    """
+
+    max_batch: int
+    max_resident: int
+    max_tokens: int
+    num_pages: int
+    max_pages: int
+    age_cap: int = AGE_CAP_STEPS
+
+
+def page_bytes(model: SegmentedModel) -> int:
+    """Bytes of one page: keys, values and the hidden state of `PAGE_SIZE` tokens."""
+    kv_width = 2 * model.num_layers * model.num_kv_heads * model.head_size
+    return PAGE_SIZE * (kv_width + model.hidden_size) * model.dtype.itemsize
+
+
+def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
+    """Replace every `auto` by a number that fits this model and this machine.
+
+    The batch is 64 sequences on a CPU and 256 on a GPU. Resident are one batch per segment. Keys
+    and values get what those could use at full context, at most a quarter of the free host memory
+    and 4 GiB, or 85 % of the free device memory.
+
+    Raises:
+        UsageError: `engine.kv_memory` holds not even one page.
+    """
+    kind = model.device.type
+    max_batch = AUTO_BATCH[kind] if engine.max_batch == "auto" else engine.max_batch
+    max_resident = (
+        max_batch * model.num_segments if engine.max_resident == "auto" else engine.max_resident
+    )
+    max_pages = -(-context_length // PAGE_SIZE)
+    one_page = page_bytes(model)
+    budget = _auto_bytes(model.device) if engine.kv_memory == "auto" else engine.kv_memory
+    num_pages = min(int(budget) // one_page, max_resident * max_pages)
+    if num_pages < 1:
+        raise UsageError(
+            f"engine.kv_memory: found {budget} bytes; allowed: at least {one_page}, one page of "
+            f"{PAGE_SIZE} tokens"
+        )
+    return Limits(
+        max_batch=max_batch,
+        max_resident=max_resident,
+        max_tokens=max(AUTO_TOKENS[kind], max_batch),
+        num_pages=num_pages,
+        max_pages=max_pages,
+    )
+
+
+def _auto_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * AUTO_DEVICE_SHARE)
+    return min(int(psutil.virtual_memory().available * AUTO_HOST_SHARE), AUTO_HOST_BYTES)

@@ -1,0 +1,132 @@
+"""From a model folder to an engine: tokenizer, weights, end ids, limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.limits import resolve_limits
+from eevp_batch.engine.prompts import PromptEncoder
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.tokenizer import load_tokenizer
+from eevp_batch.errors import ModelError
+from eevp_batch.model_config import (
+    ModelConfig,
+    read_model_config,
+    resolve_exit_layers,
+    resolve_prune_layer,
+)
+from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, SamplingSpec
+
+
+def load_engine(
+    spec: JobSpec, model: ModelConfig, num_threads: int | None = None
+) -> tuple[Engine, PromptEncoder]:
+    """The engine and the prompt encoder of a job.
+
+    Args:
+        spec: the job.
+        model: what `read_model_config` said of its model.
+        num_threads: CPU threads for torch; None leaves them alone.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    tokenizer = load_tokenizer(model, spec.model)
+    engine = build_engine(
+        load_weights(spec.model, model), tokenizer, spec.exit, spec.sampling, spec.engine
+    )
+    room = model.context_length - spec.sampling.max_new_tokens
+    return engine, PromptEncoder(tokenizer, spec.prompt, spec.input, room)
+
+
+def load(
+    path: str,
+    exit: ExitSpec | None = None,
+    sampling: SamplingSpec | None = None,
+    engine: EngineSpec | None = None,
+    dtype: str = "bfloat16",
+) -> tuple[Engine, Any]:
+    """An engine and its tokenizer, for use as a library.
+
+    Args:
+        path: local model folder or hub id.
+        exit: exits; by default those of a job file that says nothing.
+        sampling: sampling; by default greedy, 256 new tokens.
+        engine: batch and memory; by default what fits.
+        dtype: `bfloat16`, `float32` or `float16`.
+    """
+    spec = ModelSpec(path=path, dtype=dtype)  # type: ignore[arg-type]
+    model = read_model_config(spec)
+    tokenizer = load_tokenizer(model, spec)
+    built = build_engine(
+        load_weights(spec, model),
+        tokenizer,
+        exit or ExitSpec(),
+        sampling or SamplingSpec(),
+        engine or EngineSpec(),
+    )
+    return built, tokenizer
+
+
+def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
+    """The model on its device, in evaluation mode; safetensors only.
+
+    Raises:
+        ModelError: the files do not hold what the configuration promises.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=getattr(torch, spec.dtype),
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{model.path}: weights cannot be loaded: {error}") from error
+    return loaded.to(device).eval()  # type: ignore[arg-type]
+
+
+def build_engine(
+    weights: PreTrainedModel,
+    tokenizer: Any,
+    exit: ExitSpec,
+    sampling: SamplingSpec,
+    engine: EngineSpec,
+) -> Engine:
+    """An engine around a loaded model.
+
+    Args:
+        weights: a `...ForCausalLM`; from now on its attention is this package's.
+        tokenizer: its tokenizer.
+        exit: exits; layers are resolved against the model.
+        sampling: sampling.
+        engine: batch and memory.
+    """
+    config = weights.config
+    exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
+    model = SegmentedModel(weights, exit_layers)
+    return Engine(
+        model=model,
+        tokenizer=tokenizer,
+        exits=exit,
+        sampling=sampling,
+        prune_layer=resolve_prune_layer(exit, exit_layers),
+        end_ids=end_ids(weights, tokenizer),
+        limits=resolve_limits(engine, model, config.max_position_embeddings),
+    )
+
+
+def end_ids(weights: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a generation: the generation config's, else the config's, else the tokenizer's."""
+    generation = getattr(weights, "generation_config", None)
+    for source in (generation, weights.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()

@@ -1,0 +1,124 @@
+"""From a row's columns to token ids: template, chat template, tokenizer, length policy.
+
+Knows strings and ids; nothing of tensors, Parquet or Ray, and `plan` uses it without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from eevp_batch.errors import EmptyPromptError, PromptRenderError, PromptTooLongError, UsageError
+from eevp_batch.spec import InputSpec, PromptSpec
+
+
+class PromptEncoder:
+    """Encodes one row at a time.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: template, chat and length settings.
+        source: which column holds the prompt.
+        max_tokens: most prompt tokens that the model's context leaves.
+
+    Raises:
+        UsageError: the settings ask for a chat template that the tokenizer does not have, or the
+            jinja template does not parse.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt: PromptSpec, source: InputSpec, max_tokens: int
+    ) -> None:
+        self._tokenizer, self._prompt, self._source = tokenizer, prompt, source
+        self.max_tokens = min(prompt.max_prompt_tokens or max_tokens, max_tokens)
+        has_template = tokenizer.chat_template is not None
+        self._is_chat = has_template if prompt.chat == "auto" else bool(prompt.chat)
+        if self._is_chat and not has_template:
+            raise UsageError("prompt.chat: found true; allowed: false, the tokenizer has no template")
+        if not self._is_chat and (prompt.system or source.messages_column):
+            field = "prompt.system" if prompt.system else "input.messages_column"
+            raise UsageError(f"{field}: needs a chat template; found none; allowed: null")
+        self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        self._template: Template | None = None
+        self._variables: list[str] = []
+        if prompt.template is not None:
+            self._parse(prompt.template)
+
+    def _parse(self, template: str) -> None:
+        try:
+            parsed = self._environment.parse(template)
+            self._template = self._environment.from_string(template)
+        except TemplateError as error:
+            raise UsageError(f"prompt.template: found {error}; allowed: a jinja template") from error
+        self._variables = sorted(find_undeclared_variables(parsed))
+
+    @property
+    def columns(self) -> list[str]:
+        """Input columns that a row must bring."""
+        if self._template is not None:
+            return self._variables
+        return [self._source.messages_column or str(self._source.prompt_column)]
+
+    def encode(self, row: Mapping[str, Any]) -> list[int]:
+        """Token ids of one row's prompt, one or more.
+
+        Args:
+            row: value by column name, for at least `columns`.
+
+        Raises:
+            EmptyPromptError: null, empty, or no token.
+            PromptRenderError: the template raised, or the messages are not messages.
+            PromptTooLongError: over the limit and `on_overlong` is `error`.
+        """
+        text = self._text(row)
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=not self._is_chat)[
+            "input_ids"
+        ]
+        if not token_ids:
+            raise EmptyPromptError("the prompt encodes to no token")
+        if len(token_ids) <= self.max_tokens:
+            return token_ids
+        if self._prompt.on_overlong == "truncate_left":
+            return token_ids[-self.max_tokens :]
+        raise PromptTooLongError(
+            f"{len(token_ids)} prompt tokens; allowed: at most {self.max_tokens}"
+        )
+
+    def _text(self, row: Mapping[str, Any]) -> str:
+        if self._template is not None:
+            content: Any = self._render(self._template, row)
+        else:
+            content = row[self.columns[0]]
+        if not content:
+            raise EmptyPromptError("the prompt is null or empty")
+        if not self._is_chat:
+            return str(content)
+        return self._apply_chat(content)
+
+    def _render(self, template: Template, row: Mapping[str, Any]) -> str:
+        try:
+            return template.render(row)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise PromptRenderError(f"prompt.template: {type(error).__name__}: {error}") from error
+
+    def _apply_chat(self, content: Any) -> str:
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise PromptRenderError(
+                    f"messages: found {str(message)[:80]!r}; allowed: role and content"
+                )
+        if self._prompt.system is not None:
+            messages = [{"role": "system", "content": self._prompt.system}, *messages]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptRenderError(f"chat template: {type(error).__name__}: {error}") from error

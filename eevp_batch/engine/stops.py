@@ -1,0 +1,41 @@
+"""Stop strings: where a generation ends before its end token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+class StopStrings:
+    """Looks for stop strings in the text of the tokens so far.
+
+    A stop string completed by the newest token lies within as many tokens as it has bytes, for a
+    token that shows in the text brings at least one; a few more are read, because some tokens do
+    not show.
+
+    Args:
+        stops: the strings; none turns every check off.
+        decode: text of a list of token ids.
+    """
+
+    SPARE_TOKENS = 8
+
+    def __init__(self, stops: Sequence[str], decode: Callable[[list[int]], str]) -> None:
+        self._stops, self._decode = list(stops), decode
+        longest = max((len(stop.encode()) for stop in stops), default=0)
+        self._window = longest + self.SPARE_TOKENS
+
+    def is_reached(self, generated: list[int]) -> bool:
+        """Whether the newest of the generated tokens completed a stop string."""
+        if not self._stops:
+            return False
+        tail = self._decode(generated[-self._window :])
+        if not any(stop in tail for stop in self._stops):
+            return False
+        # A tail decodes a little differently from the whole at its first token: ask the whole.
+        text = self._decode(generated)
+        return any(stop in text for stop in self._stops)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string; the string itself is left out."""
+        found = [text.index(stop) for stop in self._stops if stop in text]
+        return text[: min(found)] if found else text

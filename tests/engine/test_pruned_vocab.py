@@ -1,0 +1,61 @@
+"""Keeping K ids: exact, with the forced ids, and with the mass outside accounted for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
+
+NOBODY = torch.tensor([], dtype=torch.int64)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 50, 96, 4096])
+@pytest.mark.parametrize("k", [1, 2, 5, 64, 300])
+def test_top_k_is_exact_for_every_shape(vocab_size: int, k: int) -> None:
+    scores = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(k))
+    values, columns = top_k(scores, k)
+    expected = scores.topk(min(k, vocab_size), sorted=True).values
+    assert torch.equal(values.sort(-1, descending=True).values, expected)
+    assert torch.equal(scores.gather(1, columns), values), "columns name the values"
+    assert (columns.diff(dim=-1) > 0).all(), "columns ascend, so no id is kept twice"
+
+
+@pytest.mark.parametrize("vocab_size", [7, 64, 4096])
+def test_first_argmax_takes_the_first_of_equals(vocab_size: int) -> None:
+    scores = torch.randint(0, 4, (50, vocab_size)).float()
+    assert torch.equal(first_argmax(scores), scores.argmax(-1))
+
+
+def test_forced_ids_are_kept_whatever_they_score() -> None:
+    scores = torch.randn(6, 1024)
+    scores[:, 3] = -50.0
+    before = scores.clone()
+    vocab, kept = prune(scores, 8, torch.tensor([3, 700]))
+    assert torch.equal(scores, before), "pruning leaves the scores as they were"
+    for row in vocab.ids.tolist():
+        assert {3, 700} <= set(row), "end and stop ids are always kept"
+    assert torch.equal(kept, before.gather(1, vocab.ids.long()))
+
+
+def test_kept_and_outside_mass_add_up_to_the_whole() -> None:
+    scores = torch.randn(16, 1000) * 3
+    vocab, kept = prune(scores, 40, NOBODY)
+    whole = torch.logaddexp(kept.logsumexp(-1), vocab.outside_lse)
+    torch.testing.assert_close(whole, scores.logsumexp(-1), rtol=0, atol=1e-5)
+
+
+def test_the_whole_vocabulary_leaves_nothing_outside() -> None:
+    scores = torch.randn(4, 100)
+    vocab, kept = prune(scores, 100, NOBODY)
+    assert torch.equal(kept, scores), "K = V keeps every id in its place"
+    assert torch.equal(vocab.outside_lse, torch.full((4,), -torch.inf))
+
+
+def test_pruned_scores_equal_full_scores_at_the_kept_ids() -> None:
+    normed, weight = torch.randn(5, 32), torch.randn(512, 32)
+    full = normed @ weight.T
+    ids = prune(full, 20, NOBODY)[0].ids
+    torch.testing.assert_close(
+        pruned_scores(normed, weight, ids), full.gather(1, ids.long()), rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,40 @@
+"""Stop strings, on a decoder where one token may be part of a character or show nothing."""
+
+from __future__ import annotations
+
+from eevp_batch.engine.stops import StopStrings
+
+SILENT = 300
+
+
+def decode(token_ids: list[int]) -> str:
+    return bytes(i for i in token_ids if i < 256).decode("utf-8", "replace")
+
+
+def first_stop(stops: list[str], token_ids: list[int]) -> int | None:
+    watcher = StopStrings(stops, decode)
+    for length in range(1, len(token_ids) + 1):
+        if watcher.is_reached(token_ids[:length]):
+            return length
+    return None
+
+
+def test_found_at_the_token_that_completes_it() -> None:
+    assert first_stop(["END"], list(b"say END now")) == 7
+
+
+def test_found_across_multibyte_characters() -> None:
+    text = "abc → stop"
+    assert first_stop(["→"], list(text.encode())) == len(b"abc ") + 3
+
+
+def test_found_across_tokens_that_do_not_show() -> None:
+    assert first_stop(["END"], [*b"E", SILENT, *b"N", SILENT, *b"D"]) == 5
+
+
+def test_no_stop_string_never_stops() -> None:
+    assert first_stop([], list(b"anything")) is None
+
+
+def test_text_is_cut_before_the_first_stop_string() -> None:
+    assert StopStrings(["B", "yy"], decode).cut("aayybB") == "aa"

@@ -1,0 +1,141 @@
+"""The replica's side of a commit: a chunk's results, written under a name that nobody reads yet."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eevp_batch.records import ChunkStats, Generation, RowFailure
+from eevp_batch.spec import JobSpec
+from eevp_batch.storage import layout
+from eevp_batch.storage.chunks import build_tables, result_ids
+from eevp_batch.storage.ids import ids_digest
+from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One lease's results, as the replica reports them.
+
+    Attributes:
+        epoch: the lease they were made under; a chunk that is leased again gets a higher one.
+        attempt_no: how often the chunk was leased, from 1; the `attempt` column.
+        data_path: relative name of the generations; None where every row failed.
+        errors_path: relative name of the error rows; None where no row failed.
+        rows_ok, rows_error: input rows.
+        generations: output rows.
+        id_digest: `ids_digest` of the row ids in both files.
+    """
+
+    chunk_id: int
+    epoch: int
+    attempt_no: int
+    replica: str
+    data_path: str | None
+    data_sha256: str | None
+    data_bytes: int
+    errors_path: str | None
+    errors_sha256: str | None
+    errors_bytes: int
+    rows_ok: int
+    rows_error: int
+    generations: int
+    id_digest: str
+    stats: ChunkStats
+    started_unix_s: float
+    finished_unix_s: float
+
+    @property
+    def paths(self) -> list[str]:
+        """The files it consists of."""
+        return [path for path in (self.data_path, self.errors_path) if path is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "stats": self.stats.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Attempt:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "stats": ChunkStats.from_json(data["stats"])})
+
+
+def write_attempt(
+    store: Store,
+    plan: Plan,
+    spec: JobSpec,
+    chunk: Chunk,
+    epoch: int,
+    attempt_no: int,
+    source: Any,
+    generations: Sequence[Generation],
+    failures: Sequence[RowFailure],
+    replica: str,
+    started: float,
+) -> Attempt:
+    """Write a chunk's results durably and describe them.
+
+    File names carry the epoch and a random part, so that no two writers ever share one.
+
+    Args:
+        source: what `read_chunk` gave for this chunk.
+        started: unix seconds at which the replica began with the chunk.
+
+    Raises:
+        EngineError: a row has no result, two results, or not all of its samples.
+        OSError: the storage refused.
+    """
+    data, errors = build_tables(plan, spec, chunk, attempt_no, source, generations, failures)
+    token = uuid.uuid4().hex[:8]
+    compression = spec.output.compression
+    data_file = _write(store, layout.attempt_data(chunk.chunk_id, epoch, token), data, compression)
+    errors_file = _write(
+        store, layout.attempt_errors(chunk.chunk_id, epoch, token), errors, compression
+    )
+    finished = time.time()
+    stats = ChunkStats.of(list(generations), list(failures), max(finished - started, 0.0))
+    return Attempt(
+        chunk_id=chunk.chunk_id,
+        epoch=epoch,
+        attempt_no=attempt_no,
+        replica=replica,
+        data_path=data_file.path,
+        data_sha256=data_file.sha256,
+        data_bytes=data_file.num_bytes,
+        errors_path=errors_file.path,
+        errors_sha256=errors_file.sha256,
+        errors_bytes=errors_file.num_bytes,
+        rows_ok=stats.rows_ok,
+        rows_error=stats.rows_error,
+        generations=stats.generations,
+        id_digest=ids_digest(result_ids(data, errors)),
+        stats=stats,
+        started_unix_s=started,
+        finished_unix_s=finished,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    path: str | None = None
+    sha256: str | None = None
+    num_bytes: int = 0
+
+
+def _write(store: Store, rel: str, table: Any | None, compression: str) -> _Written:
+    if table is None:
+        return _Written()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=compression)
+    content = sink.getvalue().to_pybytes()
+    store.write(rel, content)
+    return _Written(rel, hashlib.sha256(content).hexdigest(), len(content))

@@ -1,0 +1,207 @@
+"""Input Parquet files: which ones a job names, and reading a run of rows of some columns of one."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from eevp_batch.errors import InputError
+from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+
+_ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
+_MAGIC = b"PAR1"
+# Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
+# all of it.
+_READ_BUFFER_BYTES = 1 << 20
+
+
+def list_inputs(paths: str | Sequence[str]) -> list[str]:
+    """The Parquet files that `input.path` names, each once.
+
+    A name that exists is taken literally, whatever characters it has; only then is it a pattern.
+    Folders are searched to the bottom for `*.parquet`, names that start with `.` or `_` left out.
+    Files of one entry are sorted by path; entries keep their order.
+
+    Raises:
+        InputError: an entry names no file.
+    """
+    entries = [paths] if isinstance(paths, str) else list(paths)
+    found = dict.fromkeys(path for entry in entries for path in _expand(entry))
+    if not found:
+        raise InputError(str(paths), "input.path", "an empty list", _ALLOWED)
+    return list(found)
+
+
+def _expand(entry: str) -> list[str]:
+    location = locate(entry)
+    kind = location.filesystem.get_file_info(location.path).type
+    if kind == pa.fs.FileType.File:
+        return [location.text]
+    if kind == pa.fs.FileType.Directory:
+        names = [name for name in _files_below(location, True) if name.endswith(".parquet")]
+        found = [name for name in names if not any(p[0] in "._" for p in name.split("/"))]
+        missing = "a folder without *.parquet files"
+    else:
+        location, pattern = _split_glob(entry)
+        found = _match_below(location, pattern)
+        missing = "a pattern that matches no file" if pattern else "no such file or folder"
+    if not found:
+        raise InputError(entry, "input.path", missing, _ALLOWED)
+    return [join(location.text, name) for name in sorted(found)]
+
+
+def _split_glob(entry: str) -> tuple[Location, list[str]]:
+    """Split into the deepest folder without a wildcard and the pattern's parts below it."""
+    if is_uri(entry):
+        base, path = split_uri(entry)
+    else:
+        base, path = "", locate(entry).path
+    parts = path.split("/")
+    wild = [i for i, part in enumerate(parts) if any(c in part for c in "*?[")]
+    first = wild[0] if wild else len(parts)
+    folder = "/".join(parts[:first]) or "/"
+    return locate(join(base, folder.lstrip("/")) if base else folder), parts[first:]
+
+
+def _match_below(location: Location, pattern: list[str]) -> list[str]:
+    if not pattern:
+        return []
+    names = _files_below(location, recursive=len(pattern) > 1 or "**" in pattern)
+    return [name for name in names if _matches(name.split("/"), pattern)]
+
+
+def _files_below(location: Location, recursive: bool) -> list[str]:
+    """Paths of the files below a folder, relative to it."""
+    selector = pa.fs.FileSelector(location.path, recursive=recursive, allow_not_found=True)
+    start = len(location.path.rstrip("/")) + 1
+    infos = location.filesystem.get_file_info(selector)
+    return [info.path[start:] for info in infos if info.type == pa.fs.FileType.File]
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Match path parts as a shell does: `**` is any number of folders, `*` spares hidden names."""
+    if not pattern or not parts:
+        return pattern == parts
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (
+            not parts[0].startswith(".") and _matches(parts[1:], pattern)
+        )
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    return (
+        not hidden
+        and fnmatch.fnmatchcase(parts[0], pattern[0])
+        and _matches(parts[1:], pattern[1:])
+    )
+
+
+@dataclass(frozen=True)
+class InputParquet:
+    """One opened Parquet file.
+
+    Attributes:
+        text: its local path or URI.
+        footer_hash: hex sha256 of its footer, which names every page's place, size and statistics.
+    """
+
+    text: str
+    filesystem: Any
+    path: str
+    metadata: Any
+    schema: Any
+    footer_hash: str
+
+    @classmethod
+    def open(cls, text: str) -> InputParquet:
+        """Read the footer of a file.
+
+        Raises:
+            InputError: it is missing, unreadable or not Parquet.
+        """
+        location = locate(text)
+        info = location.filesystem.get_file_info(location.path)
+        if info.type != pa.fs.FileType.File:
+            raise InputError(text, "input.path", "no such file", _ALLOWED)
+        try:
+            return _open(text, info.size, info.mtime_ns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(text, "input.path", str(error), "a readable Parquet file") from error
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.metadata.num_rows)
+
+    def batches(
+        self, columns: Sequence[str], start: int, stop: int, batch_rows: int
+    ) -> Iterator[Any]:
+        """Record batches of rows `start` to `stop` of some top-level columns, in file order.
+
+        Row groups outside the run are skipped, and inside one only the pages up to `stop` are
+        decoded.
+        """
+        groups, position = self._row_groups(start, stop)
+        with self.filesystem.open_input_file(self.path) as source:
+            file = pq.ParquetFile(
+                source,
+                metadata=self.metadata,
+                pre_buffer=False,
+                buffer_size=_READ_BUFFER_BYTES,
+            )
+            for batch in file.iter_batches(
+                batch_size=batch_rows, row_groups=groups, columns=columns, use_threads=False
+            ):
+                skip = max(start - position, 0)
+                keep = min(stop - position, batch.num_rows) - skip
+                position += batch.num_rows
+                if keep > 0:
+                    # A name such as "a" also selects the nested "a.b"; only the asked columns go
+                    # on.
+                    yield batch.slice(skip, keep).select(columns)
+                if position >= stop:
+                    return
+
+    def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
+        """The row groups that hold rows `start` to `stop`, and the first row of the first one."""
+        groups, first, end = [], 0, 0
+        for index in range(self.metadata.num_row_groups):
+            begin, end = end, end + self.metadata.row_group(index).num_rows
+            if begin < stop and start < end:
+                first = first if groups else begin
+                groups.append(index)
+        return groups, first
+
+
+@lru_cache(maxsize=8)
+def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
+    """Read a footer once; size and time are in the key, so that a changed file is read again."""
+    location = locate(text)
+    with location.filesystem.open_input_file(location.path) as source:
+        footer = _read_footer(source, size)
+        metadata = pq.read_metadata(pa.BufferReader(footer))
+        schema = pq.ParquetFile(source, metadata=metadata).schema_arrow
+    return InputParquet(
+        text=text,
+        filesystem=location.filesystem,
+        path=location.path,
+        metadata=metadata,
+        schema=schema,
+        footer_hash=hashlib.sha256(footer).hexdigest(),
+    )
+
+
+def _read_footer(source: Any, size: int) -> bytes:
+    """The file metadata, its length and the magic number: the last bytes of every Parquet file."""
+    tail = bytes(source.read_at(min(size, 8), max(size - 8, 0)))
+    if tail[4:] != _MAGIC:
+        raise pa.ArrowInvalid("not a Parquet file: it does not end with PAR1")
+    num_bytes = int.from_bytes(tail[:4], "little") + 8
+    if num_bytes > size:
+        raise pa.ArrowInvalid("a Parquet file cut short: its footer is longer than the file")
+    return bytes(source.read_at(num_bytes, size - num_bytes))

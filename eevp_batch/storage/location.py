@@ -1,0 +1,103 @@
+"""Where things are: a local path or a URI becomes one pyarrow filesystem and a path inside it.
+
+A local path is taken literally: spaces, `#`, `%` and any letter are part of the name. Only a text
+with `scheme://` is a URI, and only there `%20` means a space. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+
+import pyarrow as pa
+import pyarrow.fs
+
+from eevp_batch.errors import UsageError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET_OPTIONS = {"access_key", "secret_key", "session_token", "account_key", "sas_token"}
+
+
+@dataclass(frozen=True)
+class Location:
+    """One place in one filesystem.
+
+    Attributes:
+        filesystem: the pyarrow filesystem.
+        path: path inside `filesystem`.
+        text: what locates it again: an absolute local path, or a URI.
+    """
+
+    filesystem: Any
+    path: str
+    text: str
+
+
+def is_uri(text: str) -> bool:
+    """Tell a URI (`s3://...`, `file:///...`) from a local path."""
+    return _SCHEME.match(text) is not None
+
+
+def locate(text: str | os.PathLike[str]) -> Location:
+    """Find the filesystem and the path of a local path or a URI.
+
+    Raises:
+        UsageError: the URI cannot be parsed, its filesystem is unknown, or it carries a secret.
+    """
+    text = os.fspath(text)
+    if not is_uri(text):
+        path = os.path.abspath(text)
+        return Location(pa.fs.LocalFileSystem(), path, path)
+    shown = _without_secrets(text)
+    encoded = _encode(text)
+    try:
+        filesystem, path = pa.fs.FileSystem.from_uri(encoded)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UsageError(f"{shown}: not a URI that pyarrow.fs can open: {error}") from error
+    return Location(filesystem, path, encoded)
+
+
+def join(text: str, relative: str) -> str:
+    """Append a relative path to a local path or to a URI's path, its options kept.
+
+    `relative` is literal; it is percent-encoded where `text` is a URI.
+    """
+    if not is_uri(text):
+        return os.path.join(text, relative)
+    parts = urlsplit(text)
+    path = parts.path.rstrip("/") + "/" + quote(relative)
+    return urlunsplit(parts._replace(path=path))
+
+
+def split_uri(text: str) -> tuple[str, str]:
+    """Split a URI into one without a path and its decoded path, so that patterns can be matched."""
+    parts = urlsplit(text.replace("?", "%3F") if _has_wild_question(text) else text)
+    return urlunsplit(parts._replace(path="")), unquote(parts.path)
+
+
+def _has_wild_question(text: str) -> bool:
+    """A `?` starts the options of a URI only where a `name=value` follows it."""
+    before, mark, options = text.rpartition("?")
+    return bool(mark) and ("=" not in options or "?" in before)
+
+
+def _encode(text: str) -> str:
+    """Percent-encode what a person writes literally in a URI's path (a space, an umlaut)."""
+    parts = urlsplit(text)
+    return urlunsplit(parts._replace(path=quote(parts.path, safe="/%:@!$&'()*+,;=~-._")))
+
+
+def _without_secrets(text: str) -> str:
+    """Refuse a URI with a secret: plan and resolved spec are written for others to read."""
+    parts = urlsplit(text)
+    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    secrets = _SECRET_OPTIONS & {name.lower() for name, _ in parse_qsl(parts.query)}
+    if parts.password or secrets:
+        raise UsageError(
+            f"{shown}: the URI carries a secret; found a password or an access key in it; "
+            "allowed: credentials from the environment or from the machine's role"
+        )
+    return shown

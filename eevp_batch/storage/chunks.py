@@ -7,7 +7,7 @@ that do not account for every row exactly once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -53,6 +53,23 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
 def table_ids(table: Any, plan: Plan, file: str) -> list[RowId]:
     """The row ids of a table that `read_chunk` gave."""
     return plain_ids(table.column(plan.id_column), plan.id_type, file, 0)
+
+
+def iter_rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a table as dicts; a text that is not UTF-8 arrives as None, never as an error."""
+    for batch in table.to_batches():
+        for row in range(batch.num_rows):
+            yield {
+                name: _value(column[row])
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def build_tables(

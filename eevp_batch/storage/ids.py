@@ -45,7 +45,7 @@ def ids_digest(ids: Iterable[RowId]) -> str:
 
 
 def id_keys(ids: Sequence[RowId]) -> Keys:
-    """One 8-byte key per id [rows]; equal ids have equal keys, different integers different ones."""
+    """One 8-byte key per id [rows]; equal ids have equal keys, unequal integers unequal ones."""
     if ids and isinstance(ids[0], int):
         return np.array(ids, dtype=np.int64).view(np.uint64) * _SPREAD
     hashes = b"".join(hashlib.blake2b(canonical(row_id), digest_size=8).digest() for row_id in ids)

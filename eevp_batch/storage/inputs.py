@@ -169,7 +169,8 @@ class InputParquet:
 
     def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
         """The row groups that hold rows `start` to `stop`, and the first row of the first one."""
-        groups, first, end = [], 0, 0
+        groups: list[int] = []
+        first = end = 0
         for index in range(self.metadata.num_row_groups):
             begin, end = end, end + self.metadata.row_group(index).num_rows
             if begin < stop and start < end:

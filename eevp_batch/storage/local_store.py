@@ -106,11 +106,11 @@ class LocalStore(Store):
             os.close(descriptor)
 
     def is_locked(self, rel: str) -> bool | None:
-        """Whether a process holds `rel`."""
+        """Whether a process holds `rel`; None where nobody ever did."""
         try:
             descriptor = os.open(self.path(rel), os.O_RDONLY)
         except FileNotFoundError:
-            return False
+            return None
         try:
             return not _try_lock(descriptor, fcntl.LOCK_SH)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -41,21 +41,26 @@ def output_schema(
         input_schema: pyarrow schema that holds at least the kept columns.
         metadata: what `Plan.metadata` gives; it goes into the file's footer.
     """
-    generated = {
-        name: kind
+    kept = [
+        pa.field(name, plain_type(input_schema.field(name).type))
+        for name in kept_columns(input_schema, spec)
+    ]
+    return _data_schema(kept, id_type, spec.output.token_stats, metadata)
+
+
+def _data_schema(
+    kept: Sequence[Any], id_type: IdType, token_stats: bool, metadata: Mapping[str, str]
+) -> Any:
+    generated = [
+        pa.field(name, kind)
         for name, kind in _GENERATED.items()
-        if spec.output.token_stats or name not in TOKEN_STATS
-    }
-    fields = [
+        if token_stats or name not in TOKEN_STATS
+    ]
+    leading = [
         pa.field("row_id", _id_arrow_type(id_type), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
-        *(
-            pa.field(name, plain_type(input_schema.field(name).type))
-            for name in kept_columns(input_schema, spec)
-        ),
-        *(pa.field(name, kind) for name, kind in generated.items()),
     ]
-    return pa.schema(fields, metadata=dict(metadata))
+    return pa.schema([*leading, *kept, *generated], metadata=dict(metadata))
 
 
 def error_schema(id_type: IdType, metadata: Mapping[str, str]) -> Any:
@@ -68,6 +73,32 @@ def error_schema(id_type: IdType, metadata: Mapping[str, str]) -> Any:
         pa.field("chunk_id", pa.int32()),
     ]
     return pa.schema(fields, metadata=dict(metadata))
+
+
+def part_differences(
+    found: Any, kept: Sequence[str], id_type: IdType, token_stats: bool, metadata: Mapping[str, str]
+) -> list[str]:
+    """What tells a published data part's schema from the planned one; empty when nothing does.
+
+    The kept columns' types are taken from the part itself: the plan knows only their names.
+    """
+    own = [found.field(name) for name in kept if found.names.count(name) == 1]
+    return schema_differences(found, _data_schema(own, id_type, token_stats, metadata))
+
+
+def schema_differences(found: Any, expected: Any) -> list[str]:
+    """What tells a schema from the expected one, in sentences."""
+    differences = []
+    if not found.equals(expected, check_metadata=False):
+        text = ", ".join(f"{field.name} {field.type}" for field in expected)
+        differences.append(f"the columns are not the planned ones: {text}")
+    recorded = found.metadata or {}
+    differences += [
+        f"the metadata {key.decode()} is {recorded.get(key)!r}, expected {value!r}"
+        for key, value in expected.metadata.items()
+        if recorded.get(key) != value
+    ]
+    return differences
 
 
 def kept_columns(input_schema: Any, spec: JobSpec) -> list[str]:

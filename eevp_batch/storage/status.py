@@ -1,0 +1,147 @@
+"""How far a job is, read from its output folder alone: it works after the cluster has gone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eevp_batch.records import ChunkStats
+from eevp_batch.storage import layout
+from eevp_batch.storage.commit import Committer
+from eevp_batch.storage.plan import read_plan
+from eevp_batch.storage.store import Store
+
+State = Literal["planned", "running", "interrupted", "failed", "done"]
+
+# Where no lock tells, a job without an event for so long is taken to be gone.
+SILENCE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One look at a job.
+
+    Attributes:
+        rows_total: planned input rows.
+        totals: counters of the committed chunks.
+        tokens_per_s: generated tokens in committed chunks per second of the last run; None before
+            its first commit.
+        last_progress_unix_s: when the last chunk was finished; None before the first.
+        reason: why the last run stopped, where it said so.
+    """
+
+    run_id: str
+    state: State
+    rows_total: int
+    chunks_total: int
+    chunks_done: int
+    totals: ChunkStats
+    tokens_per_s: float | None
+    last_progress_unix_s: float | None
+    reason: str | None
+
+    @property
+    def rows_done(self) -> int:
+        """Rows in committed chunks."""
+        return self.totals.rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            **values,
+            "rows_done": self.rows_done,
+            "mean_exit_layer": self.totals.mean_exit_layer,
+            "totals": self.totals.to_json(),
+        }
+
+
+@dataclass
+class _LastRun:
+    """What the event log says of the last run."""
+
+    started_unix_s: float | None = None
+    last_event: str | None = None
+    last_unix_s: float | None = None
+    reason: str | None = None
+
+
+def read_status(store: Store, now_unix_s: float | None = None) -> Status:
+    """Read plan, commit records and events; nothing is written.
+
+    Args:
+        now_unix_s: the time to judge silence by; the clock's where not given.
+
+    Raises:
+        UsageError: the folder holds no job.
+        JobFailedError: its plan or a record is damaged.
+    """
+    now = time.time() if now_unix_s is None else now_unix_s
+    plan = read_plan(store)
+    run = _last_run(store)
+    totals, chunks_done, run_tokens, last = ChunkStats(), 0, 0, None
+    begin = run.started_unix_s
+    for record in Committer(store, plan).records():
+        attempt = record.attempt
+        chunks_done += 1
+        totals += attempt.stats
+        last = max(attempt.finished_unix_s, last or 0.0)
+        if run.started_unix_s is None:
+            begin = min(attempt.started_unix_s, begin or attempt.started_unix_s)
+        if run.started_unix_s is None or attempt.finished_unix_s >= run.started_unix_s:
+            run_tokens += attempt.stats.generated_tokens
+    elapsed_s = (last or 0.0) - (begin or 0.0)
+    return Status(
+        run_id=plan.run_id,
+        state=_state(store, run, chunks_done, now),
+        rows_total=plan.num_rows,
+        chunks_total=len(plan.chunks),
+        chunks_done=chunks_done,
+        totals=totals,
+        tokens_per_s=run_tokens / elapsed_s if run_tokens and elapsed_s > 0 else None,
+        last_progress_unix_s=last,
+        reason=run.reason,
+    )
+
+
+def read_events(store: Store) -> Iterator[dict[str, Any]]:
+    """The job's events, oldest first; a line that a crash cut short is left out."""
+    for line in store.read_lines(layout.EVENTS):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _last_run(store: Store) -> _LastRun:
+    run = _LastRun()
+    for event in read_events(store):
+        kind, unix_s = event.get("event"), event.get("unix_s")
+        if kind in ("job_started", "job_resumed"):
+            run = _LastRun(started_unix_s=unix_s)
+        run.last_event, run.last_unix_s = kind, unix_s
+        run.reason = event.get("reason") if _is_last(kind) else None
+    return run
+
+
+def _is_last(event: str | None) -> bool:
+    return event in ("job_finished", "job_interrupted", "job_failed")
+
+
+def _state(store: Store, run: _LastRun, chunks_done: int, now: float) -> State:
+    locked = store.is_locked(layout.LOCK)
+    if locked:
+        return "running"
+    if store.exists(layout.SUCCESS):
+        return "done"
+    silent_s = now - (run.last_unix_s or 0.0)
+    if locked is None and not _is_last(run.last_event) and silent_s < SILENCE_S:
+        return "running"
+    if run.last_event == "job_failed":
+        return "failed"
+    return "interrupted" if run.last_event or chunks_done else "planned"

@@ -1,0 +1,357 @@
+"""The coordinator: hands out leases, commits what comes back, replaces what dies, and stops.
+
+There is one per job. It is the only committer and the only owner of retries. No row passes through
+it, and what it holds does not grow with the rows that are done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from eevp_batch.cluster.events import EventLog
+from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
+from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.progress import Meter, Progress
+from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
+from eevp_batch.records import ChunkStats
+from eevp_batch.spec import JobSpec
+from eevp_batch.storage.commit import Attempt, Committer
+from eevp_batch.storage.plan import Plan
+
+MAX_DEATHS_IN_A_ROW = 5
+_LOOK_EVERY_S = 1.0
+_TICK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Recoveries:
+    """What went wrong and was put right.
+
+    Attributes:
+        chunks_returned: leases that went back because their replica died.
+    """
+
+    replica_deaths: int = 0
+    chunks_returned: int = 0
+    attempts_discarded: int = 0
+
+
+class Coordinator:
+    """Drives a fleet until every chunk of the plan is committed.
+
+    Args:
+        spec: the job.
+        plan: its chunks.
+        fleet: its replicas, none of them started.
+        committer: commits to the job's output.
+        events: the job's diary.
+        done: ids of the chunks that earlier runs committed.
+        totals: what they add up to.
+        on_progress: called about once a second, and once at the end.
+        on_message: told in one sentence what a person wants to know as it happens.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        fleet: Fleet,
+        committer: Committer,
+        events: EventLog,
+        done: set[int],
+        totals: ChunkStats,
+        on_progress: Callable[[Progress], None],
+        on_message: Callable[[str], None],
+    ) -> None:
+        self._spec, self._plan, self._fleet = spec, plan, fleet
+        self._committer, self._events = committer, events
+        self._on_progress, self._on_message = on_progress, on_message
+        to_do = (chunk.chunk_id for chunk in plan.chunks if chunk.chunk_id not in done)
+        self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
+        self.totals = totals
+        self.recoveries = Recoveries()
+        self.num_done_before = len(done)
+        self._meter = Meter(totals, time.monotonic())
+        self._look_due_s = 0.0
+        self._waited_s = self._storage_s = 0.0
+        self._is_draining = self._has_told_draining = False
+
+    @property
+    def num_committed(self) -> int:
+        """Committed chunks, those of earlier runs included."""
+        return self.num_done_before + self._leases.num_committed
+
+    @property
+    def working_s(self) -> float:
+        """Seconds since the first replica was ready."""
+        return self._meter.working_s(time.monotonic())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every chunk of the plan is committed."""
+        return not self._leases.num_unfinished
+
+    def drain(self) -> None:
+        """Lease nothing more; `run` returns once what is under way is committed.
+
+        Safe to call from a signal handler.
+        """
+        self._is_draining = True
+
+    def run(self) -> None:
+        """Work until every chunk is committed, or until what was under way at `drain` is.
+
+        Raises:
+            JobFailedError: a replica's code failed, or replicas kept dying.
+            TooManyErrorsError: more rows failed than the job allows.
+        """
+        self._check_error_rate()
+        while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
+            self._start_replicas()
+            self._hand_out()
+            for outcome in self._wait():
+                self._take(outcome)
+            self._look()
+        self._on_progress(self.progress())
+
+    def progress(self) -> Progress:
+        """The job now."""
+        now_s = time.monotonic()
+        rows_done = self.totals.rows + sum(slot.open_rows for slot in self._fleet.slots)
+        elapsed_s = now_s - self._meter.started_s
+        return Progress(
+            rows_total=self._plan.num_rows,
+            rows_done=rows_done,
+            rows_error=self.totals.rows_error,
+            tokens=self._meter.tokens,
+            tokens_per_s=self._meter.tokens_per_s(now_s),
+            mean_exit_layer=self._meter.mean_exit_layer,
+            eta_s=self._meter.eta_s(rows_done, self._plan.num_rows, now_s),
+            elapsed_s=elapsed_s,
+            replicas=len(self._fleet.slots),
+            replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
+            chunks_total=len(self._plan.chunks),
+            chunks_committed=self.num_committed,
+            chunks_leased=self._leases.num_leased,
+            chunks_pending=self._leases.num_pending,
+            coordinator_s=elapsed_s - self._waited_s - self._storage_s,
+            storage_s=self._storage_s,
+            is_draining=self._is_draining,
+        )
+
+    # --- handing out -----------------------------------------------------------------------------
+
+    def _start_replicas(self) -> None:
+        if self._is_draining:
+            return
+        now_s = time.monotonic()
+        for slot in self._fleet.slots:
+            if slot.handle is None and slot.not_before_s <= now_s:
+                self._fleet.start(slot)
+
+    def _hand_out(self) -> None:
+        """Lease pending chunks to the replicas that hold the fewest."""
+        if self._is_draining:
+            return
+        held = {
+            slot.index: len(self._leases.leases_of(slot.name))
+            for slot in self._fleet.slots
+            if slot.ready is not None
+        }
+        while held and self._leases.num_pending:
+            slot = self._fleet.slots[min(held, key=lambda index: held[index])]
+            if held[slot.index] >= min(slot.max_leases, self._fair_share()):
+                # Replicas that can hold more than this one may still take some.
+                del held[slot.index]
+                continue
+            self._lease(slot)
+            held[slot.index] += 1
+
+    def _fair_share(self) -> int:
+        """Chunks that a replica may hold so that the last ones spread over all replicas."""
+        return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
+
+    def _lease(self, slot: Slot) -> None:
+        lease = self._leases.lease(slot.name)
+        if lease is None:
+            return
+        self._write_event(
+            "chunk_leased",
+            chunk_id=lease.chunk_id,
+            epoch=lease.epoch,
+            attempt=lease.attempt_no,
+            replica=lease.replica,
+        )
+        self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
+
+    def _max_leases(self, max_resident: int) -> int:
+        """Leases that keep a replica's engine full.
+
+        While the oldest chunk drains, the others must fill the engine alone: beside it that takes
+        ceil(sequences the engine can hold / sequences of an average chunk), and one at least.
+        """
+        sequences = self._plan.num_rows * self._plan.num_samples / len(self._plan.chunks)
+        return 1 + max(1, math.ceil(max_resident / sequences))
+
+    # --- taking in -------------------------------------------------------------------------------
+
+    def _take(self, outcome: Outcome) -> None:
+        if outcome.lost is not None:
+            self._bury(outcome.slot, outcome.lost)
+        elif outcome.failed is not None:
+            self._take_failure(outcome)
+        elif outcome.call == "ready":
+            self._take_ready(outcome.slot, outcome.value)
+        elif outcome.call == "progress":
+            outcome.slot.progress = outcome.value
+            self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
+        elif outcome.lease is not None:
+            self._commit(outcome.slot, outcome.lease, outcome.value)
+
+    def _take_failure(self, outcome: Outcome) -> None:
+        """End the job for what the code raised, except where a fresh start may help."""
+        if outcome.call == "ready" and not outcome.is_ours:
+            self._bury(outcome.slot, str(outcome.failed))
+        else:
+            raise JobFailedError(outcome.failed)
+
+    def _take_ready(self, slot: Slot, ready: Any) -> None:
+        slot.ready = ready
+        slot.max_leases = self._max_leases(ready.max_resident)
+        self._meter.replica_is_ready(time.monotonic())
+        self._write_event(
+            "replica_ready",
+            replica=slot.name,
+            pid=ready.pid,
+            node_id=ready.node_id,
+            max_resident=ready.max_resident,
+            leases=slot.max_leases,
+            start_s=round(ready.start_s, 3),
+        )
+
+    def _commit(self, slot: Slot, lease: Lease, attempt: Attempt) -> None:
+        # Epochs start at 1: no attempt is of lease 0.
+        current_epoch = self._leases.current_epoch(lease.chunk_id) or 0
+        try:
+            with self._in_storage():
+                stats = self._committer.commit(attempt, current_epoch).attempt.stats
+        except StaleAttemptError as error:
+            self._count(attempts_discarded=1)
+            self._write_event("attempt_discarded", **_names(lease), reason=str(error))
+            return
+        self._leases.commit(lease)
+        self.totals += stats
+        slot.committed_rows += stats.rows
+        for any_slot in self._fleet.slots:
+            any_slot.deaths_in_a_row = 0
+        self._write_event(
+            "chunk_committed",
+            **_names(lease),
+            rows_ok=stats.rows_ok,
+            rows_error=stats.rows_error,
+            generated_tokens=stats.generated_tokens,
+        )
+        self._check_error_rate()
+
+    def _check_error_rate(self) -> None:
+        """Stop as soon as it is certain; at the latest the last commit tells."""
+        allowed = math.floor(self._spec.run.max_error_rate * self._plan.num_rows + 1e-9)
+        if self.totals.rows_error > allowed:
+            classes = ", ".join(
+                f"{n} {name}" for name, n in self.totals.error_classes.most_common()
+            )
+            raise TooManyErrorsError(
+                f"{self.totals.rows_error} of {self.totals.rows} rows are in error ({classes}); "
+                f"run.max_error_rate {self._spec.run.max_error_rate} allows {allowed} of "
+                f"{self._plan.num_rows}"
+            )
+
+    # --- deaths ----------------------------------------------------------------------------------
+
+    def _bury(self, slot: Slot, reason: str) -> None:
+        """Give a replica up: its chunks are pending again, its slot is free for the next one."""
+        name = slot.name
+        returned = self._leases.release(name)
+        self._fleet.bury(slot)
+        slot.deaths_in_a_row += 1
+        slot.not_before_s = time.monotonic() + _start_delay_s(slot.deaths_in_a_row)
+        self._count(replica_deaths=1, chunks_returned=len(returned))
+        self._write_event(
+            "replica_dead",
+            replica=name,
+            reason=reason,
+            chunks=[lease.chunk_id for lease in returned],
+        )
+        self._on_message(f"{name} died; {len(returned)} chunks go back: {reason}")
+        if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+            raise JobFailedError(
+                f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
+                f"{reason}"
+            )
+        for lease in returned:
+            self._check_suspect(lease.chunk_id, reason)
+
+    def _check_suspect(self, chunk_id: int, reason: str) -> None:
+        """Give up on a chunk that keeps company with deaths; bisecting it would begin here."""
+        deaths = self._leases.deaths(chunk_id)
+        if deaths >= self._spec.run.max_attempts:
+            raise JobFailedError(
+                f"chunk {chunk_id:05d}: {deaths} replicas died while they held it "
+                f"(run.max_attempts); the last one: {reason}"
+            )
+
+    # --- bookkeeping -----------------------------------------------------------------------------
+
+    def _wait(self) -> Iterator[Outcome]:
+        start_s = time.monotonic()
+        outcomes = list(self._fleet.wait(_TICK_S))
+        self._waited_s += time.monotonic() - start_s
+        yield from outcomes
+
+    def _look(self) -> None:
+        """Report, and ask the replicas for the next report."""
+        if self._is_draining and not self._has_told_draining:
+            self._tell_draining()
+        if time.monotonic() < self._look_due_s:
+            return
+        self._look_due_s = time.monotonic() + _LOOK_EVERY_S
+        self._fleet.poll()
+        self._on_progress(self.progress())
+
+    def _tell_draining(self) -> None:
+        self._has_told_draining = True
+        self._write_event("job_draining", chunks_in_flight=self._leases.num_leased)
+        self._on_message(
+            f"stopping: {self._leases.num_leased} chunks under way are finished first; interrupt "
+            "again to stop at once, which loses those chunks and nothing else"
+        )
+
+    def _write_event(self, event: str, **fields: Any) -> None:
+        with self._in_storage():
+            self._events.write(event, **fields)
+
+    @contextmanager
+    def _in_storage(self) -> Iterator[None]:
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._storage_s += time.monotonic() - start_s
+
+    def _count(self, **by: int) -> None:
+        counts = {name: getattr(self.recoveries, name) for name in Recoveries.__slots__}
+        self.recoveries = Recoveries(**{n: c + by.get(n, 0) for n, c in counts.items()})
+
+
+def _names(lease: Lease) -> dict[str, Any]:
+    return {"chunk_id": lease.chunk_id, "epoch": lease.epoch, "replica": lease.replica}
+
+
+def _start_delay_s(deaths_in_a_row: int) -> float:
+    """How long a slot stays empty after so many deaths in a row: 0, 1, 2, 4, ... at most 30 s."""
+    return 0.0 if deaths_in_a_row <= 1 else min(30.0, 2.0 ** (deaths_in_a_row - 2))

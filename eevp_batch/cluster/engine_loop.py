@@ -1,0 +1,284 @@
+"""One thread that owns one engine: chunks of prompts in, chunks of results out.
+
+Knows no Ray and no storage. The thread builds the engine and is the only one that ever touches it;
+everybody else hands over a `ChunkWork` and waits for its future. Prompts of several chunks stand in
+one first-in-first-out line before the engine, so its batch does not drain at a chunk's end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from eevp_batch.errors import EngineError, EngineStalledError, RowError
+from eevp_batch.records import Generation, Prompt, RowFailure, RowId
+
+_SNAPSHOT_EVERY_S = 0.25
+
+
+class EngineCounters(Protocol):
+    """What an engine has counted since it was built."""
+
+    @property
+    def tokens(self) -> int:
+        """Emitted tokens."""
+
+    @property
+    def exit_histogram(self) -> Counter[int]:
+        """Emitted tokens by exit layer."""
+
+
+class RowEngine(Protocol):
+    """What a replica needs of an engine; `eevp_batch.engine.Engine` and scripted engines have it.
+
+    Each prompt that was added comes out of `step` exactly once, as its generation or as a failure.
+    """
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sequence may become resident now."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is resident."""
+
+    @property
+    def max_resident(self) -> int:
+        """The most sequences that may ever be resident."""
+
+    @property
+    def stats(self) -> EngineCounters:
+        """Counters so far."""
+
+    def add(self, prompt: Prompt) -> None:
+        """Make a prompt resident; a RowError says that this row can never be."""
+
+    def step(self) -> Sequence[Generation | RowFailure]:
+        """Run one batch through one segment; what finished."""
+
+
+class RowEncoder(Protocol):
+    """Turns an input row into prompt tokens."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Input columns that `encode` reads."""
+
+    def encode(self, row: Mapping[str, Any]) -> list[int]:
+        """Prompt tokens of one row; a RowError says that it has none."""
+
+
+Build = Callable[[], tuple[RowEngine, RowEncoder]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """All that became of a chunk's rows: each row in one of the two lists."""
+
+    generations: list[Generation]
+    failures: list[RowFailure]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopProgress:
+    """What an engine loop has done and holds.
+
+    Attributes:
+        tokens, exit_histogram: since the engine was built.
+        finished_rows: since the engine was built, rows without a prompt included.
+        waiting_prompts: prompts that stand before the engine.
+    """
+
+    tokens: int = 0
+    exit_histogram: Counter[int] = field(default_factory=Counter)
+    finished_rows: int = 0
+    waiting_prompts: int = 0
+
+
+class ChunkWork:
+    """A chunk on its way through the engine.
+
+    Args:
+        key: unique among the chunks of a loop; travels as `Prompt.tag`.
+        prompts: every sample of every row that could be encoded, in row order.
+        failures: the rows that could not.
+    """
+
+    def __init__(self, key: int, prompts: Sequence[Prompt], failures: Sequence[RowFailure]) -> None:
+        self.key = key
+        self.future: Future[ChunkResult] = Future()
+        self.prompts = prompts
+        self._samples_left = Counter(prompt.row_id for prompt in prompts)
+        self._generations: list[Generation] = []
+        self._failures = {failure.row_id: failure for failure in failures}
+
+    @property
+    def num_failed(self) -> int:
+        return len(self._failures)
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._samples_left
+
+    def has_failed(self, row_id: RowId) -> bool:
+        """Whether a sample of the row failed, so that its other samples are no longer wanted."""
+        return row_id in self._failures
+
+    def settle(self, row_id: RowId, result: Generation | RowFailure | None) -> bool:
+        """Count one sample of a row in; None when it was dropped. True when the row is finished.
+
+        Raises:
+            EngineError: the chunk does not wait for a sample of this row.
+        """
+        if row_id not in self._samples_left:
+            raise EngineError(f"the engine gave a result that nobody waits for: row {row_id!r}")
+        if isinstance(result, RowFailure):
+            self._failures.setdefault(row_id, result)
+        elif result is not None:
+            self._generations.append(result)
+        self._samples_left[row_id] -= 1
+        if self._samples_left[row_id]:
+            return False
+        del self._samples_left[row_id]
+        return True
+
+    def finish(self) -> None:
+        """Hand the result to whoever waits. The other samples of a failed row are dropped."""
+        kept = [g for g in self._generations if not self.has_failed(g.row_id)]
+        self.future.set_result(ChunkResult(kept, list(self._failures.values())))
+
+
+class EngineLoop:
+    """The thread, and the line of prompts before its engine.
+
+    Any exception of the engine that is not a RowError ends the loop: it goes to every open chunk,
+    to `built` and to every later `submit`.
+    """
+
+    def __init__(self, build: Build) -> None:
+        self.built: Future[tuple[RowEngine, RowEncoder]] = Future()
+        self._build = build
+        self._changed = threading.Condition()
+        self._line: deque[Prompt] = deque()
+        self._open: dict[int, ChunkWork] = {}
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._finished_rows = 0
+        self._progress = LoopProgress()
+        self._snapshot_due_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="eevp-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: ChunkWork) -> Future[ChunkResult]:
+        """Put a chunk's prompts at the end of the line; any thread may call it."""
+        with self._changed:
+            self._finished_rows += work.num_failed
+            if self._error is not None:
+                work.future.set_exception(self._error)
+            elif work.is_finished:
+                work.finish()
+            else:
+                self._open[work.key] = work
+                self._line.extend(work.prompts)
+                self._changed.notify()
+        return work.future
+
+    def progress(self) -> LoopProgress:
+        """Counters, at most a quarter of a second old while the engine is busy."""
+        return self._progress
+
+    def close(self) -> None:
+        """End the thread once the current step is over, and wait for that."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # --- in the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine, encoder = self._build()
+            self.built.set_result((engine, encoder))
+            while self._wait_for_work(engine):
+                self._turn(engine)
+        except BaseException as error:
+            self._fail(error)
+
+    def _wait_for_work(self, engine: RowEngine) -> bool:
+        """Sleep until there is something to do; False when the loop is closed."""
+        with self._changed:
+            if engine.is_idle and not self._line:
+                self._take_snapshot(engine)
+            while engine.is_idle and not self._line and not self._is_closed:
+                self._changed.wait()
+            return not self._is_closed
+
+    def _turn(self, engine: RowEngine) -> None:
+        """Admit what fits, run one step, hand out what finished."""
+        admitted = self._admit(engine)
+        if not engine.is_idle:
+            for result in engine.step():
+                self._settle(result.tag, result.row_id, result)
+        elif not admitted:
+            raise EngineStalledError(f"an idle engine admits none of {len(self._line)} prompts")
+        if time.monotonic() >= self._snapshot_due_s:
+            self._take_snapshot(engine)
+
+    def _admit(self, engine: RowEngine) -> int:
+        """Move prompts from the line into the engine; how many left the line."""
+        admitted = 0
+        while self._line and engine.has_room:
+            prompt = self._line.popleft()
+            admitted += 1
+            if self._open[prompt.tag].has_failed(prompt.row_id):
+                self._settle(prompt.tag, prompt.row_id, None)
+                continue
+            try:
+                engine.add(prompt)
+            except RowError as error:
+                failure = row_failure(prompt.row_id, error)
+                self._settle(prompt.tag, prompt.row_id, failure)
+        return admitted
+
+    def _settle(self, key: int, row_id: RowId, result: Generation | RowFailure | None) -> None:
+        work = self._open.get(key)
+        if work is None:
+            raise EngineError(f"the engine gave a result for no open chunk: row {row_id!r}")
+        if not work.settle(row_id, result):
+            return
+        with self._changed:
+            self._finished_rows += 1
+            if work.is_finished:
+                del self._open[key]
+        if work.is_finished:
+            work.finish()
+
+    def _take_snapshot(self, engine: RowEngine) -> None:
+        self._snapshot_due_s = time.monotonic() + _SNAPSHOT_EVERY_S
+        self._progress = LoopProgress(
+            tokens=engine.stats.tokens,
+            exit_histogram=Counter(engine.stats.exit_histogram),
+            finished_rows=self._finished_rows,
+            waiting_prompts=len(self._line),
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            waiting = [work.future for work in self._open.values()]
+            self._open.clear()
+        if not self.built.done():
+            self.built.set_exception(error)
+        for future in waiting:
+            future.set_exception(error)
+
+
+def row_failure(row_id: RowId, error: RowError) -> RowFailure:
+    """The error row of a row that cannot be done."""
+    return RowFailure(row_id=row_id, error_class=type(error).__name__, message=str(error))

@@ -1,0 +1,38 @@
+"""The job's diary: one JSON object a line in `_eevp/events.jsonl`, for people and for `status`.
+
+Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `job_started` or
+`job_resumed`.
+
+| event | further fields |
+|---|---|
+| `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
+| `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s` |
+| `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
+| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica` |
+| `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
+| `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
+| `job_draining` | `chunks_in_flight` |
+| `job_finished` | `wall_s`, `rows_ok`, `rows_error`, `generated_tokens`, `replica_deaths` |
+| `job_interrupted`, `job_failed` | `reason`, `chunks_committed`, `wall_s` |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from eevp_batch.storage import layout
+from eevp_batch.storage.store import Store
+
+
+class EventLog:
+    """Appends events; what is written is never needed to go on with the job."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line."""
+        line = {"unix_s": round(time.time(), 3), "event": event, **fields}
+        self._store.append_line(layout.EVENTS, json.dumps(line, ensure_ascii=False))

@@ -1,0 +1,198 @@
+"""The replicas as Ray sees them: start, call, wait, bury. Decides nothing about chunks.
+
+A *slot* is one of the job's N places for a replica; when its replica dies the next one in the slot
+gets a new name (`eevp-replica-0`, then `eevp-replica-0.2`), so names never collide and a zombie's
+results are never taken for its successor's.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from eevp_batch.cluster.engine_loop import LoopProgress
+from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.replica import Replica, ReplicaReady
+from eevp_batch.errors import EevpError, JobFailedError
+from eevp_batch.storage.plan import Chunk
+
+_PID = re.compile(r"\bpid: (\d+)")
+
+Call = Literal["ready", "process", "progress"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one replica asks of Ray."""
+
+    num_cpus: float
+    num_gpus: float
+
+    @property
+    def num_threads(self) -> int:
+        """Threads for tensor work: one per whole CPU."""
+        return max(1, int(self.num_cpus))
+
+
+@dataclass(eq=False)
+class Slot:
+    """One of the job's places for a replica.
+
+    Attributes:
+        starts: replicas started here so far.
+        deaths_in_a_row: replicas of this slot that died since any chunk was last committed.
+        not_before_s: monotonic time before which no replica is started here.
+        ready: None until the replica's engine is built.
+        committed_rows: input rows in committed attempts of the replica.
+    """
+
+    index: int
+    starts: int = 0
+    deaths_in_a_row: int = 0
+    not_before_s: float = 0.0
+    handle: Any = None
+    ready: ReplicaReady | None = None
+    max_leases: int = 0
+    committed_rows: int = 0
+    progress: LoopProgress = field(default_factory=LoopProgress)
+
+    @property
+    def open_rows(self) -> int:
+        """Rows that the replica, when last heard of, had finished in uncommitted chunks."""
+        return max(0, self.progress.finished_rows - self.committed_rows)
+
+    @property
+    def name(self) -> str:
+        base = f"eevp-replica-{self.index}"
+        return base if self.starts <= 1 else f"{base}.{self.starts}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one call.
+
+    Attributes:
+        value: what it returned.
+        lost: why the replica must be given up: it died, or Ray cannot reach it.
+        failed: what its own code raised.
+        is_ours: whether `failed` is an error of this package, which no retry cures.
+    """
+
+    slot: Slot
+    call: Call
+    lease: Lease | None = None
+    value: Any = None
+    lost: str | None = None
+    failed: str | None = None
+    is_ours: bool = False
+
+
+class Fleet:
+    """The job's slots and the calls under way.
+
+    Args:
+        namespace: Ray namespace of the actors.
+        size: how many slots.
+        resources: what each replica asks of Ray.
+        arguments: those of `Replica` after its name.
+        stderr_tail: the last lines that a process wrote before it died, by its id.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        size: int,
+        resources: Resources,
+        arguments: tuple[Any, ...],
+        stderr_tail: Callable[[int], str],
+    ) -> None:
+        self._stderr_tail = stderr_tail
+        self.slots = [Slot(index) for index in range(size)]
+        self._namespace, self._resources = namespace, resources
+        # Stored once, not with each replica that is started.
+        self._arguments = [ray.put(argument) for argument in arguments]
+        self._actor: Any = ray.remote(Replica)
+        self._calls: dict[Any, tuple[Slot, Call, Lease | None]] = {}
+
+    def start(self, slot: Slot) -> None:
+        """Start a replica in an empty slot; its `ready` outcome tells when its engine is built."""
+        slot.starts += 1
+        slot.handle = self._actor.options(
+            name=slot.name,
+            namespace=self._namespace,
+            num_cpus=self._resources.num_cpus,
+            num_gpus=self._resources.num_gpus,
+            max_concurrency=1000,
+            # The coordinator owns every retry: Ray would repeat a chunk under the same epoch.
+            max_restarts=0,
+            max_task_retries=0,
+        ).remote(slot.name, *self._arguments)
+        self._remember(slot.handle.ready.remote(), slot, "ready")
+
+    def process(self, slot: Slot, lease: Lease, chunk: Chunk) -> None:
+        """Send a lease to the slot's replica."""
+        self._remember(slot.handle.process.remote(lease, chunk), slot, "process", lease)
+
+    def poll(self) -> None:
+        """Ask each ready replica that has answered the last poll for its progress."""
+        asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
+        for slot in self.slots:
+            if slot.ready is not None and slot.index not in asked:
+                self._remember(slot.handle.progress.remote(), slot, "progress")
+
+    def wait(self, timeout_s: float) -> Iterator[Outcome]:
+        """Wait for calls to end; yields the outcome of each that has.
+
+        Raises:
+            JobFailedError: the local Ray itself has died.
+        """
+        if not self._calls:
+            time.sleep(timeout_s)
+            return
+        try:
+            done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        except RayError as error:
+            raise JobFailedError(f"the local Ray has died: {error}") from error
+        for ref in done:
+            slot, call, lease = self._calls.pop(ref)
+            yield self._outcome(ref, slot, call, lease)
+
+    def bury(self, slot: Slot) -> None:
+        """Make sure that the slot's replica is dead, and forget its calls."""
+        ray.kill(slot.handle, no_restart=True)
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] is not slot}
+        slot.handle = slot.ready = None
+        slot.progress, slot.committed_rows = LoopProgress(), 0
+
+    def close(self) -> None:
+        """Kill every replica."""
+        for slot in self.slots:
+            if slot.handle is not None:
+                self.bury(slot)
+
+    def _outcome(self, ref: Any, slot: Slot, call: Call, lease: Lease | None) -> Outcome:
+        try:
+            return Outcome(slot, call, lease, value=ray.get(ref))
+        except RayTaskError as error:
+            cause = error.cause
+            text = str(error if cause is None else cause)
+            return Outcome(slot, call, lease, failed=text, is_ours=isinstance(cause, EevpError))
+        except RayError as error:
+            return Outcome(slot, call, lease, lost=_reason(str(error), self._stderr_tail))
+
+    def _remember(self, ref: Any, slot: Slot, call: Call, lease: Lease | None = None) -> None:
+        self._calls[ref] = (slot, call, lease)
+
+
+def _reason(text: str, stderr_tail: Callable[[int], str]) -> str:
+    """Ray's many-line reason as one line, and what the dead process itself said last."""
+    reason = " ".join(text.split())
+    pid = _PID.search(reason)
+    said = stderr_tail(int(pid[1])) if pid else ""
+    return f"{reason}\n{said}" if said else reason

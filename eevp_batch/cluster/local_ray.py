@@ -1,0 +1,137 @@
+"""A Ray of the job's own on this machine: bound to 127.0.0.1, quiet, and gone when the job is.
+
+It is started as a new cluster whatever else runs here, in a folder of its own. `guard.py` sees to
+it that nothing stays behind when this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from eevp_batch.cluster import guard
+from eevp_batch.errors import ClusterError
+
+# Only leases, attempts and counters cross Ray; the job's spec and plan are the largest objects.
+_OBJECT_STORE_BYTES = 128 << 20
+_MARKER = "EEVP_RAY_SESSION"
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A replica without a GPU keeps the environment's own CUDA settings.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRay:
+    """A Ray to run on.
+
+    Attributes:
+        dashboard_url: None where there is no dashboard.
+        logs: folder of its processes' own logs; None where that is not this machine's.
+    """
+
+    dashboard_url: str | None = None
+    logs: Path | None = None
+
+    def tail(self, pid: int, num_lines: int = 10) -> str:
+        """The last lines that a worker process wrote to its stderr; empty where unknown."""
+        lines: list[str] = []
+        for path in self.logs.glob(f"worker-*-{pid}.err") if self.logs else ():
+            lines += path.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-num_lines:])
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
+    """Start a local Ray for the block, or use the one that this process is already connected to.
+
+    Args:
+        num_cpus: logical CPUs that replicas may ask for.
+        dashboard: whether to serve the dashboard on 127.0.0.1, where its packages are installed.
+
+    Raises:
+        ClusterError: Ray did not start.
+    """
+    if ray.is_initialized():
+        yield LocalRay()
+        return
+    folder = _short_folder()
+    marker = uuid.uuid4().hex
+    with _guarded(f"{_MARKER}={marker}", folder):
+        try:
+            yield _start(num_cpus, dashboard, folder, marker)
+        finally:
+            ray.shutdown()
+
+
+def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
+    with _environment({**_QUIET, _MARKER: marker}):
+        try:
+            context: Any = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=None if dashboard else False,
+                dashboard_host="127.0.0.1",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"the local Ray did not start: {error}") from error
+    url = context.dashboard_url if dashboard else None
+    logs = Path(folder) / "session_latest" / "logs"
+    return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
+
+
+@contextlib.contextmanager
+def _guarded(marker: str, folder: str) -> Iterator[None]:
+    """Run the guard beside the block; it cleans up after both a clean and a sudden end."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, marker, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    stdin = process.stdin
+    try:
+        yield
+    finally:
+        if stdin is not None:
+            stdin.close()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables for what is started within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _short_folder() -> str:
+    """A folder for Ray's session; near the root, as paths of sockets end at 107 characters."""
+    parent = "/tmp" if os.access("/tmp", os.W_OK) else None
+    return tempfile.mkdtemp(prefix="eevp-", dir=parent)

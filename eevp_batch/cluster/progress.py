@@ -1,0 +1,102 @@
+"""How far a running job is. What it keeps is bounded by a window of time, not by rows done."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from eevp_batch.cluster.engine_loop import LoopProgress
+from eevp_batch.records import ChunkStats
+
+_WINDOW_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job at one moment.
+
+    Attributes:
+        rows_done: committed rows, and finished rows of chunks under way.
+        rows_error: committed error rows.
+        tokens: generated so far, by earlier runs of the job too.
+        tokens_per_s: over the last 20 seconds; None before the second look.
+        mean_exit_layer: over all generated tokens; None before the first.
+        eta_s: at this run's own rate so far; None before the first row of this run.
+        elapsed_s: since this run began.
+        coordinator_s: seconds of work of the coordinator itself, waiting and storage left out.
+        storage_s: seconds it spent in commits and the event log.
+        is_draining: whether it only waits for what is under way.
+    """
+
+    rows_total: int
+    rows_done: int
+    rows_error: int
+    tokens: int
+    tokens_per_s: float | None
+    mean_exit_layer: float | None
+    eta_s: float | None
+    elapsed_s: float
+    replicas: int
+    replicas_ready: int
+    chunks_total: int
+    chunks_committed: int
+    chunks_leased: int
+    chunks_pending: int
+    coordinator_s: float
+    storage_s: float
+    is_draining: bool
+
+
+class Meter:
+    """Adds up the live counters of replicas that come and go, on top of what was committed before.
+
+    Args:
+        committed: totals of earlier runs.
+        now_s: monotonic time of the run's start.
+    """
+
+    def __init__(self, committed: ChunkStats, now_s: float) -> None:
+        self._rows_before = committed.rows
+        self._histogram = Counter(committed.exit_histogram)
+        self._seen: dict[int, tuple[str, LoopProgress]] = {}
+        self._window: deque[tuple[float, int]] = deque()
+        self._working_since_s: float | None = None
+        self.started_s = now_s
+
+    @property
+    def tokens(self) -> int:
+        return self._histogram.total()
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        """Mean over all tokens; None before the first one."""
+        return ChunkStats(exit_histogram=self._histogram).mean_exit_layer
+
+    def update(self, slot: int, replica: str, progress: LoopProgress) -> None:
+        """Take in a replica's counters, which start at zero with each new replica of a slot."""
+        name, last = self._seen.get(slot, (replica, LoopProgress()))
+        base = last.exit_histogram if name == replica else Counter()
+        self._seen[slot] = (replica, progress)
+        self._histogram += progress.exit_histogram - base
+
+    def replica_is_ready(self, now_s: float) -> None:
+        """The time before the first replica is ready counts in no rate."""
+        if self._working_since_s is None:
+            self._working_since_s = now_s
+
+    def working_s(self, now_s: float) -> float:
+        """Seconds since the first replica was ready."""
+        return 0.0 if self._working_since_s is None else now_s - self._working_since_s
+
+    def tokens_per_s(self, now_s: float) -> float | None:
+        """Rate over the window; call it once per look."""
+        self._window.append((now_s, self.tokens))
+        while len(self._window) > 2 and now_s - self._window[1][0] >= _WINDOW_S:
+            self._window.popleft()
+        then_s, tokens_then = self._window[0]
+        return (self.tokens - tokens_then) / (now_s - then_s) if now_s > then_s else None
+
+    def eta_s(self, rows_done: int, rows_total: int, now_s: float) -> float | None:
+        """Seconds left at this run's own rate."""
+        rows = rows_done - self._rows_before
+        return (rows_total - rows_done) * self.working_s(now_s) / rows if rows > 0 else None

@@ -1,0 +1,180 @@
+"""One replica: a Ray actor with one engine, which turns leases into attempt files.
+
+Input is read from storage and results are written to storage here; only leases, attempts (their
+descriptions, not their rows) and counters cross Ray. The actor's event loop waits for many leases
+at a time; one thread runs the engine, two others read, encode and write beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from eevp_batch.cluster.engine_loop import (
+    Build,
+    ChunkWork,
+    EngineLoop,
+    LoopProgress,
+    RowEncoder,
+    RowEngine,
+    row_failure,
+)
+from eevp_batch.cluster.leases import Lease
+from eevp_batch.errors import EevpError, JobFailedError, RowError
+from eevp_batch.records import Prompt, RowFailure
+from eevp_batch.spec import JobSpec
+from eevp_batch.storage.chunks import read_chunk
+from eevp_batch.storage.commit import Attempt, write_attempt
+from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.store import Store
+
+__all__ = ["Replica", "ReplicaReady", "RowEncoder", "RowEngine"]
+
+_IO_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """What a replica says of itself once its engine is built.
+
+    Attributes:
+        max_resident: the most sequences its engine can hold.
+        start_s: seconds that building the engine took.
+    """
+
+    pid: int
+    node_id: str
+    max_resident: int
+    start_s: float
+
+
+class Replica:
+    """Makes attempts at chunks, several at a time, with one engine.
+
+    Args:
+        name: the replica's name, for attempts and messages.
+        build: makes the engine and the prompt encoder; called once, in the engine's own thread.
+        spec: the job.
+        plan: the job's plan; its list of chunks is not used and may be empty.
+        store_text: what `Store.open` takes.
+    """
+
+    def __init__(self, name: str, build: Build, spec: JobSpec, plan: Plan, store_text: str) -> None:
+        self._name, self._spec, self._plan = name, spec, plan
+        self._store = Store.open(store_text)
+        self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="eevp-io")
+        self._started_s = time.monotonic()
+        self._loop = EngineLoop(build)
+
+    async def ready(self) -> ReplicaReady:
+        """Wait until the engine is built.
+
+        Raises:
+            EevpError: what the package itself has to say against the job; starting again is no use.
+            RuntimeError: the engine could not be built for a reason that may pass.
+        """
+        try:
+            engine, _ = await asyncio.wrap_future(self._loop.built)
+        except EevpError as error:
+            raise _told(error, self._name) from error
+        except Exception as error:
+            raise RuntimeError(f"{self._name} did not start: {_text(error)}") from error
+        return ReplicaReady(
+            pid=os.getpid(),
+            node_id=_node_id(),
+            max_resident=engine.max_resident,
+            start_s=time.monotonic() - self._started_s,
+        )
+
+    async def process(self, lease: Lease, chunk: Chunk) -> Attempt:
+        """Generate for a chunk's rows and write the attempt; overlaps with other leases.
+
+        Raises:
+            JobFailedError: an exception that belongs to no row.
+        """
+        try:
+            return await self._process(lease, chunk)
+        except Exception as error:
+            raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
+
+    async def progress(self) -> LoopProgress:
+        """Counters of the engine."""
+        return self._loop.progress()
+
+    async def _process(self, lease: Lease, chunk: Chunk) -> Attempt:
+        started_unix_s = time.time()
+        _, encoder = await asyncio.wrap_future(self._loop.built)
+        run = asyncio.get_running_loop().run_in_executor
+        source, work = await run(self._io, self._load, lease, chunk, encoder)
+        result = await asyncio.wrap_future(self._loop.submit(work))
+        return await run(
+            self._io,
+            lambda: write_attempt(
+                self._store,
+                self._plan,
+                self._spec,
+                chunk,
+                lease.epoch,
+                lease.attempt_no,
+                source,
+                result.generations,
+                result.failures,
+                self._name,
+                started_unix_s,
+            ),
+        )
+
+    def _load(self, lease: Lease, chunk: Chunk, encoder: RowEncoder) -> tuple[pa.Table, ChunkWork]:
+        """Read a chunk's rows and encode them."""
+        source = read_chunk(self._plan, chunk, encoder.columns)
+        rows = source.select(_unique([self._spec.input.id_column, *encoder.columns])).to_pylist()
+        prompts, failures = encode_rows(
+            rows, self._spec.input.id_column, encoder, self._spec.sampling.n, lease.epoch
+        )
+        return source, ChunkWork(lease.epoch, prompts, failures)
+
+
+def encode_rows(
+    rows: Sequence[Mapping[str, Any]], id_column: str, encoder: RowEncoder, n: int, tag: int
+) -> tuple[list[Prompt], list[RowFailure]]:
+    """Encode each row once, for n samples; a row with no prompt becomes a failure."""
+    prompts: list[Prompt] = []
+    failures: list[RowFailure] = []
+    for row in rows:
+        try:
+            token_ids = encoder.encode(row)
+        except RowError as error:
+            failures.append(row_failure(row[id_column], error))
+            continue
+        prompts += [Prompt(row[id_column], token_ids, sample, tag) for sample in range(n)]
+    return prompts, failures
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _told(error: Exception, where: str) -> JobFailedError:
+    """The error as one that crosses Ray whole: a single text. A bug brings its traceback along."""
+    if isinstance(error, EevpError):
+        return JobFailedError(f"{where}: {_text(error)}")
+    origin = "".join(traceback.format_exception(error)).rstrip()
+    return JobFailedError(f"{where}: {_text(error)}\n{origin}")

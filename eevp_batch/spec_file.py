@@ -22,7 +22,7 @@ from eevp_batch.yaml_lines import Document, Loc, Origin, add_core_resolvers, dot
 
 MAX_FILE_BYTES = 1 << 20
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PLAIN_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 

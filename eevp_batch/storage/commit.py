@@ -12,51 +12,17 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from eevp_batch.errors import JobFailedError, StaleAttemptError, VerifyFailedError
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.attempts import Attempt, write_attempt
+from eevp_batch.storage.commit_record import CommitRecord, committed_chunks, read_record
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store, is_temporary
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRecord:
-    """What commits a chunk.
-
-    Attributes:
-        attempt: the attempt, its paths being those of the published parts.
-    """
-
-    run_id: str
-    fingerprint: str
-    attempt: Attempt
-    committed_unix_s: float
-
-    @property
-    def chunk_id(self) -> int:
-        return self.attempt.chunk_id
-
-    def to_json(self) -> str:
-        """JSON text."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps({**values, "attempt": self.attempt.to_json()}, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> CommitRecord:
-        """The inverse of `to_json`.
-
-        Raises:
-            JobFailedError: the text is damaged.
-        """
-        try:
-            data = json.loads(text)
-            return cls(**{**data, "attempt": Attempt.from_json(data["attempt"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise JobFailedError(f"damaged commit record: {error}") from error
+from eevp_batch.storage.verify import verify_parts
 
 
 class Committer:
@@ -148,8 +114,6 @@ class Committer:
         Raises:
             VerifyFailedError: a row is not accounted for, or a part is damaged.
         """
-        from eevp_batch.storage.verify import verify_parts
-
         report = verify_parts(self.store, self.plan)
         if report.problems:
             raise VerifyFailedError(self.store.text, report.problems)
@@ -184,29 +148,6 @@ class Committer:
     def _discard(self, attempt: Attempt) -> None:
         for path in attempt.paths:
             self.store.delete(path, missing_ok=True)
-
-
-def committed_chunks(store: Store) -> set[int]:
-    """The recorded chunks, from the names of the records alone."""
-    ids = (layout.record_chunk_id(name) for name in store.names(layout.COMMITS_DIR))
-    return {chunk_id for chunk_id in ids if chunk_id is not None}
-
-
-def read_record(store: Store, chunk_id: int) -> CommitRecord | None:
-    """A chunk's commit record; None before it is committed.
-
-    Raises:
-        JobFailedError: the record is damaged.
-    """
-    rel = layout.commit_record(chunk_id)
-    try:
-        text = store.read(rel)
-    except FileNotFoundError:
-        return None
-    try:
-        return CommitRecord.from_json(text)
-    except JobFailedError as error:
-        raise JobFailedError(f"{rel}: {error}") from error
 
 
 def _check_attempt(attempt: Attempt, chunk: Chunk, num_samples: int) -> None:

@@ -19,7 +19,7 @@ from eevp_batch.errors import JobFailedError
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.attempts import Attempt
-from eevp_batch.storage.commit import CommitRecord, committed_chunks, read_record
+from eevp_batch.storage.commit_record import CommitRecord, committed_chunks, read_record
 from eevp_batch.storage.fingerprint import fingerprint_of
 from eevp_batch.storage.ids import ids_digest
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
@@ -132,22 +132,20 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
 
 def _record_problems(record: CommitRecord, plan: Plan, chunk: Chunk) -> Iterator[str]:
     attempt, rel = record.attempt, layout.commit_record(chunk.chunk_id)
+    data = layout.data_part(chunk.chunk_id) if attempt.rows_ok else None
+    errors = layout.errors_part(chunk.chunk_id) if attempt.rows_error else None
     facts = [
         ("fingerprint", record.fingerprint, plan.fingerprint),
         ("chunk_id", attempt.chunk_id, chunk.chunk_id),
         ("rows", attempt.rows_ok + attempt.rows_error, chunk.num_rows),
         ("counted rows", attempt.stats.rows, chunk.num_rows),
         ("id_digest", attempt.id_digest, chunk.id_digest),
-        ("data_path", attempt.data_path, attempt.rows_ok and layout.data_part(chunk.chunk_id)),
-        (
-            "errors_path",
-            attempt.errors_path,
-            attempt.rows_error and layout.errors_part(chunk.chunk_id),
-        ),
+        ("data_path", attempt.data_path, data),
+        ("errors_path", attempt.errors_path, errors),
     ]
     for name, found, expected in facts:
-        if found != (expected or None):
-            yield f"{rel}: {name} is {found}, expected {expected or None}"
+        if found != expected:
+            yield f"{rel}: {name} is {found}, expected {expected}"
 
 
 def _check_chunk(

@@ -51,7 +51,7 @@ def locate(text: str | os.PathLike[str]) -> Location:
     if not is_uri(text):
         path = os.path.abspath(text)
         return Location(pa.fs.LocalFileSystem(), path, path)
-    shown = _without_secrets(text)
+    shown = _check_uri(text)
     encoded = _encode(text)
     try:
         filesystem, path = pa.fs.FileSystem.from_uri(encoded)
@@ -74,14 +74,8 @@ def join(text: str, relative: str) -> str:
 
 def split_uri(text: str) -> tuple[str, str]:
     """Split a URI into one without a path and its decoded path, so that patterns can be matched."""
-    parts = urlsplit(text.replace("?", "%3F") if _has_wild_question(text) else text)
+    parts = urlsplit(text)
     return urlunsplit(parts._replace(path="")), unquote(parts.path)
-
-
-def _has_wild_question(text: str) -> bool:
-    """A `?` starts the options of a URI only where a `name=value` follows it."""
-    before, mark, options = text.rpartition("?")
-    return bool(mark) and ("=" not in options or "?" in before)
 
 
 def _encode(text: str) -> str:
@@ -90,14 +84,24 @@ def _encode(text: str) -> str:
     return urlunsplit(parts._replace(path=quote(parts.path, safe="/%:@!$&'()*+,;=~-._")))
 
 
-def _without_secrets(text: str) -> str:
-    """Refuse a URI with a secret: plan and resolved spec are written for others to read."""
+def _check_uri(text: str) -> str:
+    """Refuse what pyarrow would drop silently, and secrets: plans are written for others to read.
+
+    Returns:
+        The URI without user and options, for messages.
+    """
     parts = urlsplit(text)
     shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    options = parts.query.split("&") if parts.query else []
+    if parts.fragment or any("=" not in option for option in options):
+        raise UsageError(
+            f"{shown}: found a bare # or ? in a URI; allowed: %23 and %3F for the characters, "
+            "?name=value for options"
+        )
     secrets = _SECRET_OPTIONS & {name.lower() for name, _ in parse_qsl(parts.query)}
     if parts.password or secrets:
         raise UsageError(
-            f"{shown}: the URI carries a secret; found a password or an access key in it; "
+            f"{shown}: found a password or an access key in the URI; "
             "allowed: credentials from the environment or from the machine's role"
         )
     return shown

@@ -10,13 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
-from eevp_batch.cluster.progress import Meter, Progress
+from eevp_batch.cluster.progress import Meter, Progress, Recoveries
 from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
@@ -24,21 +23,8 @@ from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan
 
 MAX_DEATHS_IN_A_ROW = 5
-_LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Recoveries:
-    """What went wrong and was put right.
-
-    Attributes:
-        chunks_returned: leases that went back because their replica died.
-    """
-
-    replica_deaths: int = 0
-    chunks_returned: int = 0
-    attempts_discarded: int = 0
 
 
 class Coordinator:
@@ -241,7 +227,7 @@ class Coordinator:
             with self._in_storage():
                 stats = self._committer.commit(attempt, current_epoch).attempt.stats
         except StaleAttemptError as error:
-            self._count(attempts_discarded=1)
+            self.recoveries += Recoveries(attempts_discarded=1)
             self._write_event("attempt_discarded", **_names(lease), reason=str(error))
             return
         self._leases.commit(lease)
@@ -280,7 +266,7 @@ class Coordinator:
         self._fleet.bury(slot)
         slot.deaths_in_a_row += 1
         slot.not_before_s = time.monotonic() + _start_delay_s(slot.deaths_in_a_row)
-        self._count(replica_deaths=1, chunks_returned=len(returned))
+        self.recoveries += Recoveries(replica_deaths=1, chunks_returned=len(returned))
         self._write_event(
             "replica_dead",
             replica=name,
@@ -293,15 +279,15 @@ class Coordinator:
                 f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
                 f"{reason}"
             )
-        for lease in returned:
-            self._check_suspect(lease.chunk_id, reason)
+        self._check_suspects([lease.chunk_id for lease in returned], reason)
 
-    def _check_suspect(self, chunk_id: int, reason: str) -> None:
-        """Give up on a chunk that keeps company with deaths; bisecting it would begin here."""
-        deaths = self._leases.deaths(chunk_id)
-        if deaths >= self._spec.run.max_attempts:
+    def _check_suspects(self, chunk_ids: list[int], reason: str) -> None:
+        """Give up on chunks that keep company with deaths; bisecting them would begin here."""
+        limit = self._spec.run.max_attempts
+        suspects = [f"{c:05d}" for c in chunk_ids if self._leases.deaths(c) >= limit]
+        if suspects:
             raise JobFailedError(
-                f"chunk {chunk_id:05d}: {deaths} replicas died while they held it "
+                f"{limit} replicas died while they held chunk {' or '.join(suspects)} "
                 f"(run.max_attempts); the last one: {reason}"
             )
 
@@ -319,7 +305,7 @@ class Coordinator:
             self._tell_draining()
         if time.monotonic() < self._look_due_s:
             return
-        self._look_due_s = time.monotonic() + _LOOK_EVERY_S
+        self._look_due_s = time.monotonic() + LOOK_EVERY_S
         self._fleet.poll()
         self._on_progress(self.progress())
 
@@ -342,10 +328,6 @@ class Coordinator:
             yield
         finally:
             self._storage_s += time.monotonic() - start_s
-
-    def _count(self, **by: int) -> None:
-        counts = {name: getattr(self.recoveries, name) for name in Recoveries.__slots__}
-        self.recoveries = Recoveries(**{n: c + by.get(n, 0) for n, c in counts.items()})
 
 
 def _names(lease: Lease) -> dict[str, Any]:

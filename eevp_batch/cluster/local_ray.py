@@ -26,10 +26,13 @@ from eevp_batch.errors import ClusterError
 # Only leases, attempts and counters cross Ray; the job's spec and plan are the largest objects.
 _OBJECT_STORE_BYTES = 128 << 20
 _MARKER = "EEVP_RAY_SESSION"
-_QUIET = {
+_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # A replica without a GPU keeps the environment's own CUDA settings.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray binds to the loopback address only where it believes that no other node can ever join;
+    # it replaces a 127.0.0.1 that it is given by the address that other machines see.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -77,7 +80,8 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
 
 
 def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
-    with _environment({**_QUIET, _MARKER: marker}):
+    with _environment({**_VARIABLES, _MARKER: marker}):
+        _patch_ray()
         try:
             context: Any = ray.init(
                 address="local",
@@ -87,7 +91,6 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )
         except (OSError, RuntimeError, ValueError) as error:
@@ -95,6 +98,15 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
     url = context.dashboard_url if dashboard else None
     logs = Path(folder) / "session_latest" / "logs"
     return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
+
+
+def _patch_ray() -> None:
+    """Set what Ray reads from the environment only when it is imported, which may be long ago.
+
+    The second one keeps its reports of dead workers off our stdout; the coordinator tells of them.
+    """
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    ray._private.worker._worker_logs_enabled = False
 
 
 @contextlib.contextmanager

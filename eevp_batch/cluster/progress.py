@@ -47,6 +47,26 @@ class Progress:
     is_draining: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Recoveries:
+    """What went wrong in a run and was put right; they merge by `+`.
+
+    Attributes:
+        chunks_returned: leases that went back because their replica died.
+    """
+
+    replica_deaths: int = 0
+    chunks_returned: int = 0
+    attempts_discarded: int = 0
+
+    def __add__(self, other: Recoveries) -> Recoveries:
+        return Recoveries(
+            replica_deaths=self.replica_deaths + other.replica_deaths,
+            chunks_returned=self.chunks_returned + other.chunks_returned,
+            attempts_discarded=self.attempts_discarded + other.attempts_discarded,
+        )
+
+
 class Meter:
     """Adds up the live counters of replicas that come and go, on top of what was committed before.
 

@@ -51,9 +51,11 @@ class Job:
     def out(self) -> Path:
         return Path(self.store.text)
 
-    def run(self, script: Script) -> JobResult:
+    def run(self, script: Script, **run: Any) -> JobResult:
+        """Run it; `run` replaces settings of the job's `run` section."""
+        spec = self.spec.model_copy(update={"run": self.spec.run.model_copy(update=run)})
         return run_job(
-            self.spec,
+            spec,
             MODEL,
             self.plan,
             self.store,

@@ -113,10 +113,17 @@ def dump_spec(spec: JobSpec) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or YAML 1.2 would not read back as a string."""
+    """Quotes what YAML 1.1 or YAML 1.2 would not read back as the same string."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # A reader folds these line breaks into others unless they are escaped.
+    style = '"' if any(c in text for c in "\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 add_core_resolvers(_Dumper)
+_Dumper.add_representer(str, _represent_text)
 
 
 def _read(text: str, file: str, base: Path, overrides: Sequence[str]) -> SpecSource:
@@ -286,9 +293,9 @@ def _describe_at(loc: Loc) -> str:
     field = _model_at(tuple(names[:-1])).model_fields[names[-1]]
     if len(names) == len(loc):
         return describe(field.annotation, field.metadata)
-    lists = [k for k in (field.annotation, *get_args(field.annotation)) if "list[" in str(k)]
-    kind = lists[0]
-    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    kinds = (field.annotation, *get_args(field.annotation))
+    plain = (get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds)
+    kind = next(k for k in plain if get_origin(k) is list)
     return describe(get_args(kind)[0])
 
 

@@ -9,8 +9,11 @@ from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from eevp_batch.report.text import duration, number
+
+_BAR_WIDTH = 22
 
 
 class JobProgress(Protocol):
@@ -139,7 +142,9 @@ class BarDisplay:
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream)
         self._bar = Progress(
-            BarColumn(), TextColumn("{task.description}"), console=self._console, expand=False
+            BarColumn(bar_width=_BAR_WIDTH),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            console=self._console,
         )
         self._task: TaskID | None = None
 
@@ -159,7 +164,8 @@ class BarDisplay:
         """Redraw."""
         if self._task is None:
             self._task = self._bar.add_task("", total=progress.rows_total)
-        self._bar.update(self._task, completed=progress.rows_done, description=describe(progress))
+        text = f"{_rows(progress)}\n{_rates(progress)}"  # two lines, to fit into 80 columns
+        self._bar.update(self._task, completed=progress.rows_done, description=text)
 
     def message(self, text: str) -> None:
         """Write one line above the bar."""
@@ -167,19 +173,28 @@ class BarDisplay:
 
 
 def describe(progress: JobProgress) -> str:
-    """One line: rows, errors, speed, mean exit layer, time left."""
+    """One line: rows, errors, replicas that are not ready; speed, mean exit layer, time left."""
+    return ", ".join(part for part in (_rows(progress), _rates(progress)) if part)
+
+
+def _rows(progress: JobProgress) -> str:
     share = progress.rows_done / max(progress.rows_total, 1)
     parts = [f"{number(progress.rows_done)}/{number(progress.rows_total)} rows ({share:.0%})"]
     if progress.rows_error:
         parts.append(f"{number(progress.rows_error)} in error")
     if progress.replicas_ready < progress.replicas:
         parts.append(f"{progress.replicas_ready}/{progress.replicas} replicas ready")
+    return ", ".join(parts)
+
+
+def _rates(progress: JobProgress) -> str:
+    parts = []
     if progress.tokens_per_s is not None:
         parts.append(f"{number(progress.tokens_per_s)} tokens/s")
     if progress.mean_exit_layer is not None:
         parts.append(f"mean exit layer {progress.mean_exit_layer:.1f}")
     if progress.is_draining:
         parts.append("draining")
-    elif progress.eta_s is not None:
+    elif progress.eta_s is not None and progress.rows_done < progress.rows_total:
         parts.append(f"{duration(progress.eta_s)} left")
     return ", ".join(parts)

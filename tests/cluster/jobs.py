@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Job:
     spec: JobSpec
     plan: Plan
     store: Store
+    on_progress: Callable[[Progress], None] | None = None
     progress: list[Progress] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class Job:
             self.plan,
             self.store,
             build=script.build,
-            on_progress=self.progress.append,
+            on_progress=self.on_progress or self.progress.append,
             on_message=self.messages.append,
             dashboard=False,
         )

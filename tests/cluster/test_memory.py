@@ -13,7 +13,7 @@ from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
 from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.records import ChunkStats
-from eevp_batch.storage.commit import Attempt, Committer, CommitRecord
+from eevp_batch.storage.commit import Attempt, CommitRecord, Committer
 from tests.cluster.jobs import make_job
 from tests.cluster.scripted import Script
 

@@ -84,11 +84,8 @@ def write_attempt(
 ) -> Attempt:
     """Write a chunk's results durably and describe them.
 
-    File names carry the epoch and a random part, so that no two writers ever share one.
-
-    Args:
-        source: what `read_chunk` gave for this chunk.
-        started: unix seconds at which the replica began with the chunk.
+    `source` is what `read_chunk` gave for this chunk, `started` the unix seconds at which the
+    replica began with it. File names carry the epoch and a random part: no two writers share one.
 
     Raises:
         EngineError: a row has no result, two results, or not all of its samples.

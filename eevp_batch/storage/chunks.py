@@ -40,6 +40,7 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
     try:
         file = InputParquet.open(planned.path)
         _check_unchanged(file, planned.footer_hash)
+        _check_named(file, names)
         stop = chunk.row_start + chunk.num_rows
         batches = list(file.batches(names, chunk.row_start, stop, _BATCH_ROWS))
     except (InputError, OSError, pa.ArrowException) as error:
@@ -83,8 +84,7 @@ def build_tables(
 ) -> tuple[Any | None, Any | None]:
     """Lay a chunk's results out as the two tables of its parts, in input order, then by sample.
 
-    Args:
-        source: what `read_chunk` gave for this chunk.
+    `source` is what `read_chunk` gave for this chunk.
 
     Returns:
         The data table, None where every row failed, and the error table, None where none did.
@@ -193,6 +193,13 @@ def _plain_table(table: Any) -> Any:
 def _check_unchanged(file: InputParquet, footer_hash: str) -> None:
     if file.footer_hash != footer_hash:
         raise _changed(file.text)
+
+
+def _check_named(file: InputParquet, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in file.schema.names:
+            allowed = f"one of {', '.join(file.schema.names)}"
+            raise InputError(file.text, "columns", f"no column {name!r}", allowed)
 
 
 def _changed(path: str) -> JobFailedError:

@@ -37,9 +37,7 @@ def output_schema(
 ) -> Any:
     """The schema of a data part.
 
-    Args:
-        input_schema: pyarrow schema that holds at least the kept columns.
-        metadata: what `Plan.metadata` gives; it goes into the file's footer.
+    `input_schema` holds at least the kept columns; `metadata` is `Plan.metadata`.
     """
     kept = [
         pa.field(name, plain_type(input_schema.field(name).type))

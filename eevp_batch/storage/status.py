@@ -72,8 +72,7 @@ class _LastRun:
 def read_status(store: Store, now_unix_s: float | None = None) -> Status:
     """Read plan, commit records and events; nothing is written.
 
-    Args:
-        now_unix_s: the time to judge silence by; the clock's where not given.
+    `now_unix_s` is the time to judge silence by; the clock's where not given.
 
     Raises:
         UsageError: the folder holds no job.

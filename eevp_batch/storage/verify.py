@@ -188,6 +188,7 @@ class _Part:
 
     @classmethod
     def read(cls, store: Store, rel: str, sha256: str | None) -> _Part:
+        """Read, check and decode one file; what is wrong with it goes into `problems`."""
         part = cls(rel)
         try:
             part.content = store.read(rel)
@@ -220,12 +221,14 @@ class _Part:
         return self.table is not None and "row_id" in self.table.column_names
 
     def column(self, name: str) -> list[Any]:
+        """A column's values; empty where the file is unreadable or has no such column."""
         if self.table is None or name not in self.table.column_names:
             return []
         values: list[Any] = self.table.column(name).to_pylist()
         return values
 
     def schema_problems(self, plan: Plan, first: Any, is_data: bool) -> Iterator[str]:
+        """What tells the columns and metadata from the planned ones and from the first part's."""
         found = self.table.schema
         if is_data:
             token_stats = bool(plan.fields["output.token_stats"])

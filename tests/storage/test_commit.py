@@ -81,6 +81,12 @@ def dying_disk(death: Death) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it wrote; test_store.py looks at the syncs."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
     ids = [f"row {number}" for number in range(7)]

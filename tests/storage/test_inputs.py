@@ -193,6 +193,12 @@ def test_columns_come_once_in_order_whatever_their_names(tmp_path: Path) -> None
     assert read.to_pydict() == {name: columns[name] for name in ["id", *keep, "prompt"]}
 
 
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    plan = make_plan(make_spec(write_input(tmp_path / "in.parquet", ["a"])), MODEL)
+    with pytest.raises(JobFailedError, match="no column 'context'; allowed: one of id, prompt"):
+        read_chunk(plan, plan.chunks[0], ["context"])
+
+
 @pytest.mark.parametrize("change", ["ids", "prompts", "fewer", "gone", "garbage"])
 def test_an_input_that_changed_after_planning_is_refused(tmp_path: Path, change: str) -> None:
     ids = [f"r{n}" for n in range(9)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,11 +91,54 @@ def test_temporary_names_are_hidden_beside_their_file(store: Store) -> None:
     assert store.temporary_name("x") != store.temporary_name("x")
 
 
+def test_content_is_synced_before_its_name_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calls = Store.open(tmp_path), []
+
+    def name(path: str) -> str:
+        text = os.path.relpath(path, tmp_path)
+        return "temporary" if is_temporary(os.path.basename(text)) else text
+
+    def record(kind: str, of: Callable[..., str]) -> None:
+        real = getattr(os, kind)
+        monkeypatch.setattr(
+            os, kind, lambda *args: (calls.append(f"{kind} {of(*args)}"), real(*args))
+        )
+
+    record("fsync", lambda descriptor: name(os.readlink(f"/proc/self/fd/{descriptor}")))
+    record("replace", lambda src, dst: f"{name(src)} to {name(dst)}")
+    record("link", lambda src, dst: f"{name(src)} to {name(dst)}")
+    record("mkdir", lambda path: name(path))
+    store.write("new/file", b"1")
+    assert calls == [
+        "mkdir new",
+        "fsync .",
+        "fsync temporary",
+        "fsync new",
+        "replace temporary to new/file",
+        "fsync new",
+    ]
+    calls.clear()
+    store.create_exclusive("new/record", b"1")
+    assert calls == ["fsync temporary", "fsync new", "link temporary to new/record", "fsync new"]
+
+
 def test_a_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     (tmp_path / "events").write_text('{"a": 1}\n{"b"')
     store.append_line("events", '{"c": 3}')
     assert list(store.read_lines("events")) == ['{"a": 1}', '{"b"', '{"c": 3}']
+
+
+def test_an_exclusive_name_needs_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(src: str, dst: str) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_an_exclusive_name_is_taken_once(Store.open(tmp_path))
 
 
 def test_of_many_threads_one_takes_a_name(tmp_path: Path) -> None:

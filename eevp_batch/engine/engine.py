@@ -108,6 +108,11 @@ class Engine:
         self.stats = EngineStats()
 
     @property
+    def max_resident(self) -> int:
+        """Most sequences that can ever be resident."""
+        return self._limits.max_resident
+
+    @property
     def is_idle(self) -> bool:
         """True when nothing is waiting, resident or on its way."""
         return not self._arrivals and not len(self.queues)

@@ -15,7 +15,7 @@ from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import ModelError
 from eevp_batch.model_config import (
     ModelConfig,
-    read_model_config,
+    prompt_room,
     resolve_exit_layers,
     resolve_prune_layer,
 )
@@ -31,44 +31,18 @@ def load_engine(
         spec: the job.
         model: what `read_model_config` said of its model.
         num_threads: CPU threads for torch; None leaves them alone.
+
+    Raises:
+        UsageError: the job's settings do not fit the model.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     tokenizer = load_tokenizer(model, spec.model)
-    engine = build_engine(
-        load_weights(spec.model, model), tokenizer, spec.exit, spec.sampling, spec.engine
-    )
-    room = model.context_length - spec.sampling.max_new_tokens
-    return engine, PromptEncoder(tokenizer, spec.prompt, spec.input, room)
-
-
-def load(
-    path: str,
-    exit: ExitSpec | None = None,
-    sampling: SamplingSpec | None = None,
-    engine: EngineSpec | None = None,
-    dtype: str = "bfloat16",
-) -> tuple[Engine, Any]:
-    """An engine and its tokenizer, for use as a library.
-
-    Args:
-        path: local model folder or hub id.
-        exit: exits; by default those of a job file that says nothing.
-        sampling: sampling; by default greedy, 256 new tokens.
-        engine: batch and memory; by default what fits.
-        dtype: `bfloat16`, `float32` or `float16`.
-    """
-    spec = ModelSpec(path=path, dtype=dtype)  # type: ignore[arg-type]
-    model = read_model_config(spec)
-    tokenizer = load_tokenizer(model, spec)
-    built = build_engine(
-        load_weights(spec, model),
-        tokenizer,
-        exit or ExitSpec(),
-        sampling or SamplingSpec(),
-        engine or EngineSpec(),
-    )
-    return built, tokenizer
+    room = prompt_room(spec.sampling, model)
+    encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, room)
+    weights = load_weights(spec.model, model)
+    engine = build_engine(weights, tokenizer, spec.exit, spec.sampling, spec.engine)
+    return engine, encoder
 
 
 def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def choose(scores: torch.Tensor, uniforms: torch.Tensor, sampling: SamplingSpec)
     if sampling.temperature == 0:
         return first_argmax(scores)
     scaled = scores / sampling.temperature
-    probabilities, columns = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, columns = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         probabilities = probabilities[:, : sampling.top_k]
         columns = columns[:, : sampling.top_k]

@@ -119,7 +119,7 @@ def histogram(counts: Mapping[str, int], width: int) -> str:
     total, most = sum(counts.values()), max(counts.values(), default=0)
     labels = max((len(label) for label in counts), default=0)
     digits = len(number(most))
-    room = max(4, min(60, width - labels - digits - 14))
+    room = max(4, min(60, width - labels - digits - 15))
     lines = [
         f"  {label:>{labels}}  {number(count):>{digits}}  {percent(count / max(total, 1)):>7}  "
         + bar(count / max(most, 1), room)

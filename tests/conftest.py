@@ -14,6 +14,8 @@ DEMO_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 # Nothing that a test needs is on the hub, and nothing it does is to be counted.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Threads that spin while they wait make tiny models five times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

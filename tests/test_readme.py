@@ -41,6 +41,7 @@ def test_every_command_and_exit_code_has_its_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_library_program_runs(demo_model_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.commit import committed_chunks
 from eevp_batch.storage.plan import Plan, read_plan
-from eevp_batch.storage.status import State, read_events, read_status
+from eevp_batch.storage.status import State, read_status
 from eevp_batch.storage.store import Store
 
 NUM_SAMPLES = 3
@@ -57,8 +57,7 @@ class JobSummary:
         rows_in: planned rows.
         totals: counters of the committed chunks.
         exit_layers: the job's exit layers, the model's last layer among them.
-        tokens_per_s: generated tokens per second of the last run that committed anything, from its
-            first replica's readiness to its last commit; None before that.
+        tokens_per_s: as in `Status`.
         samples: at most three, spread over the committed parts.
         written: paths of what the job has left so far.
     """
@@ -123,30 +122,10 @@ def summarise(store: Store) -> JobSummary:
         chunks_done=status.chunks_done,
         totals=status.totals,
         exit_layers=[int(layer) for layer in plan.fields["exit.layers"]],
-        tokens_per_s=run_rate(read_events(store)),
+        tokens_per_s=status.tokens_per_s,
         samples=read_samples(store, plan, NUM_SAMPLES),
         written=_written(store),
     )
-
-
-def run_rate(events: Iterator[dict[str, Any]]) -> float | None:
-    """Generated tokens per second of the last run that committed anything.
-
-    Args:
-        events: the job's events, oldest first.
-    """
-    rate = ready = None
-    tokens = 0
-    for event in events:
-        kind, unix_s = event.get("event"), event.get("unix_s")
-        if kind in ("job_started", "job_resumed"):
-            ready, tokens = None, 0
-        elif kind == "replica_ready":
-            ready = unix_s if ready is None else ready
-        elif kind == "chunk_committed" and ready is not None and unix_s is not None:
-            tokens += int(event.get("generated_tokens", 0))
-            rate = tokens / (unix_s - ready) if unix_s > ready else rate
-    return rate
 
 
 def read_samples(store: Store, plan: Plan, count: int) -> list[Sample]:

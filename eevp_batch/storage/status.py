@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class Status:
     Attributes:
         rows_total: planned input rows.
         totals: counters of the committed chunks.
-        tokens_per_s: generated tokens in committed chunks per second of the last run; None before
-            its first commit.
+        tokens_per_s: generated tokens per second of the last run that committed anything, from its
+            first replica's readiness to its last commit; None before that.
         last_progress_unix_s: when the last chunk was finished; None before the first.
         reason: why the last run stopped, where it said so.
     """
@@ -61,12 +62,21 @@ class Status:
 
 @dataclass
 class _LastRun:
-    """What the event log says of the last run."""
+    """What the event log says of the last run; the rate is that of the last run that has one."""
 
-    started_unix_s: float | None = None
+    is_known: bool = False
+    ready_unix_s: float | None = None
+    tokens: int = 0
+    tokens_per_s: float | None = None
     last_event: str | None = None
     last_unix_s: float | None = None
     reason: str | None = None
+
+    def commit(self, unix_s: float, tokens: int) -> None:
+        """Count a committed chunk in."""
+        self.tokens += tokens
+        if self.ready_unix_s is not None and unix_s > self.ready_unix_s:
+            self.tokens_per_s = self.tokens / (unix_s - self.ready_unix_s)
 
 
 def read_status(store: Store, now_unix_s: float | None = None) -> Status:
@@ -81,18 +91,16 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
     now = time.time() if now_unix_s is None else now_unix_s
     plan = read_plan(store)
     run = _last_run(store)
-    totals, chunks_done, run_tokens, last = ChunkStats(), 0, 0, None
-    begin = run.started_unix_s
+    totals, chunks_done = ChunkStats(), 0
+    begin, last = math.inf, None
     for record in Committer(store, plan).records():
         attempt = record.attempt
         chunks_done += 1
         totals += attempt.stats
-        last = max(attempt.finished_unix_s, last or 0.0)
-        if run.started_unix_s is None:
-            begin = min(attempt.started_unix_s, begin or attempt.started_unix_s)
-        if run.started_unix_s is None or attempt.finished_unix_s >= run.started_unix_s:
-            run_tokens += attempt.stats.generated_tokens
-    elapsed_s = (last or 0.0) - (begin or 0.0)
+        begin, last = min(attempt.started_unix_s, begin), max(attempt.finished_unix_s, last or 0.0)
+    rate = run.tokens_per_s
+    if not run.is_known and last is not None and last > begin:
+        rate = totals.generated_tokens / (last - begin)  # a job without an event log
     return Status(
         run_id=plan.run_id,
         state=_state(store, run, chunks_done, now),
@@ -100,7 +108,7 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
         chunks_total=len(plan.chunks),
         chunks_done=chunks_done,
         totals=totals,
-        tokens_per_s=run_tokens / elapsed_s if run_tokens and elapsed_s > 0 else None,
+        tokens_per_s=rate,
         last_progress_unix_s=last,
         reason=run.reason,
     )
@@ -122,7 +130,11 @@ def _last_run(store: Store) -> _LastRun:
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
         if kind in ("job_started", "job_resumed"):
-            run = _LastRun(started_unix_s=unix_s)
+            run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s)
+        elif kind == "replica_ready" and run.ready_unix_s is None:
+            run.ready_unix_s = unix_s
+        elif kind == "chunk_committed" and unix_s is not None:
+            run.commit(unix_s, int(event.get("generated_tokens", 0)))
         run.last_event, run.last_unix_s = kind, unix_s
         run.reason = event.get("reason") if _is_last(kind) else None
     return run

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from eevp_batch.errors import JobFailedError, UsageError
-from eevp_batch.report.summary import run_rate, summarise
+from eevp_batch.report.summary import summarise
 from eevp_batch.report.text import render_status, render_summary
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Committer
@@ -127,27 +126,3 @@ def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
 def test_a_status_is_drawn(done: Store) -> None:
     text = render_status(read_status(done), 80, now_unix_s=0.0)
     assert "done" in text.splitlines()[0] and "100.0 %" in text.splitlines()[1]
-
-
-def event(kind: str, unix_s: float, **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "unix_s": unix_s, **fields}
-
-
-def test_the_speed_is_that_of_the_last_run_that_committed() -> None:
-    first = [
-        event("job_started", 0),
-        event("replica_ready", 10),
-        event("replica_ready", 12),
-        event("chunk_committed", 20, generated_tokens=500),
-        event("chunk_committed", 30, generated_tokens=500),
-        event("job_interrupted", 99),
-    ]
-    assert run_rate(iter(first)) == 50.0, "1,000 tokens from second 10 to second 30"
-    second = [
-        event("job_resumed", 200),
-        event("replica_ready", 210),
-        event("chunk_committed", 220, generated_tokens=100),
-    ]
-    assert run_rate(iter(first + second)) == 10.0
-    assert run_rate(iter([*first, event("job_resumed", 300), event("job_finished", 301)])) == 50.0
-    assert run_rate(iter([])) is None

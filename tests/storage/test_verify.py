@@ -257,6 +257,27 @@ def test_status_follows_a_job(tmp_path: Path, spec: JobSpec) -> None:
     assert (status.state, status.reason) == ("failed", "five deaths")
 
 
+def test_the_speed_is_that_of_the_last_run_that_committed(tmp_path: Path, spec: JobSpec) -> None:
+    store = Store.open(tmp_path / "out")
+    open_plan(store, make_plan(spec, MODEL))
+
+    def rate_after(*events: dict[str, Any]) -> float | None:
+        for line in events:
+            store.append_line("_eevp/events.jsonl", json.dumps(line))
+        return read_status(store).tokens_per_s
+
+    def commit(unix_s: float, tokens: int) -> dict[str, Any]:
+        return {"event": "chunk_committed", "unix_s": unix_s, "generated_tokens": tokens}
+
+    started = {"event": "job_started", "unix_s": 0.0}
+    ready = [{"event": "replica_ready", "unix_s": unix_s} for unix_s in (10.0, 12.0)]
+    assert rate_after(started, *ready) is None
+    assert rate_after(commit(20.0, 500), commit(30.0, 500)) == 50.0, "1,000 tokens in 20 s"
+    resumed = {"event": "job_resumed", "unix_s": 200.0}
+    assert rate_after(resumed) == 50.0, "a run without a commit tells nothing new"
+    assert rate_after(ready[0] | {"unix_s": 210.0}, commit(220.0, 100)) == 10.0
+
+
 def test_status_reads_a_store_without_locks() -> None:
     store = Store(pa.fs._MockFileSystem(), "bucket/out")
     assert store.is_locked("_eevp/lock") is None

@@ -103,6 +103,8 @@ class Coordinator:
             for outcome in self._wait():
                 self._take(outcome)
             self._look()
+        if self.is_finished:
+            self._meter.settle(self.totals)
         self._on_progress(self.progress())
 
     def progress(self) -> Progress:
@@ -335,5 +337,5 @@ def _names(lease: Lease) -> dict[str, Any]:
 
 
 def _start_delay_s(deaths_in_a_row: int) -> float:
-    """How long a slot stays empty after so many deaths in a row: 0, 1, 2, 4, ... at most 30 s."""
-    return 0.0 if deaths_in_a_row <= 1 else min(30.0, 2.0 ** (deaths_in_a_row - 2))
+    """How long a slot stays empty after so many deaths in a row: 0, 0.5, 1, 2, ... at most 30 s."""
+    return 0.0 if deaths_in_a_row <= 1 else min(30.0, 0.5 * 2.0 ** (deaths_in_a_row - 2))

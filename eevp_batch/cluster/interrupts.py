@@ -22,6 +22,9 @@ class JobInterruptedError(EevpError):
 class Interrupts:
     """Takes both signals over for a block. In a thread other than the main one it does nothing.
 
+    A signal that is ignored when the block begins stays so: a shell ignores SIGINT for what it
+    starts in the background.
+
     Until `drain_with` names what to do first, and from the second signal on, a signal raises
     KeyboardInterrupt.
     """
@@ -52,8 +55,9 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            before = signal.signal(number, self._handle)
-            self._before.setdefault(number, before)
+            before = self._before.setdefault(number, signal.getsignal(number))
+            if before is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         drain, self._drain = self._drain, None

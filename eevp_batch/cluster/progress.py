@@ -19,7 +19,7 @@ class Progress:
         rows_done: committed rows, and finished rows of chunks under way.
         rows_error: committed error rows.
         tokens: generated so far, by earlier runs of the job too.
-        tokens_per_s: over the last 20 seconds; None before the second look.
+        tokens_per_s: over the last 20 seconds; None before the first replica is ready.
         mean_exit_layer: over all generated tokens; None before the first.
         eta_s: at this run's own rate so far; None before the first row of this run.
         elapsed_s: since this run began.
@@ -103,13 +103,20 @@ class Meter:
         """The time before the first replica is ready counts in no rate."""
         if self._working_since_s is None:
             self._working_since_s = now_s
+            self._window = deque([(now_s, self.tokens)])
+
+    def settle(self, totals: ChunkStats) -> None:
+        """Once all is committed, the totals are exact where the live counters lag behind."""
+        self._histogram = Counter(totals.exit_histogram)
 
     def working_s(self, now_s: float) -> float:
         """Seconds since the first replica was ready."""
         return 0.0 if self._working_since_s is None else now_s - self._working_since_s
 
     def tokens_per_s(self, now_s: float) -> float | None:
-        """Rate over the window; call it once per look."""
+        """Rate over the window; None before the first replica is ready. Call it once per look."""
+        if self._working_since_s is None:
+            return None
         self._window.append((now_s, self.tokens))
         while len(self._window) > 2 and now_s - self._window[1][0] >= _WINDOW_S:
             self._window.popleft()

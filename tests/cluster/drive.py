@@ -6,6 +6,7 @@ Usage: python -m tests.cluster.drive FOLDER   (FOLDER holds `script.pickle` and 
 from __future__ import annotations
 
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.cluster.jobs import make_job
 
 def main(folder: Path) -> int:
     """Run the job; its exit code."""
+    # Whoever started the tests in the background had SIGINT ignored for all of us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options, script = pickle.loads((folder / "script.pickle").read_bytes())
     job = make_job(folder, **options)
     try:

@@ -23,14 +23,14 @@ class RaggedRows:
     """Rows [start, stop) of a pack that belong to one sequence with several tokens.
 
     Attributes:
-        pages: [P] pages of the sequence.
+        page_rows: [1, num_kv_heads, P] pages of the sequence, see `KvPool.page_rows`.
         is_fresh: the rows are all positions of the sequence from 0 on, so that their keys/values
             need not be read back.
     """
 
     start: int
     stop: int
-    pages: torch.Tensor
+    page_rows: torch.Tensor
     is_fresh: bool
 
 
@@ -39,25 +39,25 @@ class AttentionLayout:
     """Who may look at what, the same for every layer of a segment.
 
     Attributes:
-        slots: [N] where each row's key/value goes.
+        token_rows: [N * num_kv_heads] where each row's key/value goes, see `KvPool.token_rows`.
         positions: [N] position of each row in its sequence.
-        single_pages: [num_single, P] pages of the sequences that bring one token each; these are
-            the first `num_single` rows.
+        single_page_rows: [num_single, num_kv_heads, P] pages of the sequences that bring one token
+            each; these are the first `num_single` rows.
         ragged: the sequences that bring several tokens.
     """
 
     pool: KvPool
-    slots: torch.Tensor
+    token_rows: torch.Tensor
     positions: torch.Tensor
-    single_pages: torch.Tensor
+    single_page_rows: torch.Tensor
     num_single: int
     ragged: list[RaggedRows]
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def mask(
-        self, start: int, stop: int, num_keys: int, window: int | None, dtype: torch.dtype
+        self, start: int, stop: int, num_keys: int, window: int | None
     ) -> torch.Tensor:
-        """Additive mask [stop - start, num_keys]: 0 where a row may look, -inf elsewhere.
+        """Additive float32 mask [stop - start, num_keys]: 0 where a row may look, -inf elsewhere.
 
         A row at position t looks at positions t - window + 1 .. t, or 0 .. t without a window.
         """
@@ -68,7 +68,7 @@ class AttentionLayout:
             visible = key <= query
             if window is not None:
                 visible &= key > query - window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=query.device)
+            mask = torch.zeros(visible.shape, device=query.device)
             self._masks[name] = mask.masked_fill_(~visible, float("-inf"))
         return self._masks[name]
 
@@ -102,7 +102,9 @@ def paged_attention(
     """
     layer_index: int = module.layer_idx  # type: ignore[assignment]
     num_rows, num_heads, head_size = query.shape[2], query.shape[1], query.shape[3]
-    layout.pool.write(layer_index, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    layout.pool.write(
+        layer_index, layout.token_rows, key[0].transpose(0, 1), value[0].transpose(0, 1)
+    )
     out = query.new_zeros(num_rows, num_heads, head_size)
     if layout.num_single:
         out[: layout.num_single] = _attend_singles(
@@ -117,7 +119,7 @@ def paged_attention(
         if rows.is_fresh:
             keys, values = key[:, :, span], value[:, :, span]
         else:
-            keys, values = layout.pool.read(layer_index, rows.pages[None])
+            keys, values = layout.pool.read(layer_index, rows.page_rows)
         num_keys = keys.shape[2]
         is_causal = rows.is_fresh and (sliding_window is None or num_keys <= sliding_window)
         attended = scaled_dot_product_attention(
@@ -126,7 +128,7 @@ def paged_attention(
             _repeat_heads(values, num_heads),
             attn_mask=None
             if is_causal
-            else layout.mask(rows.start, rows.stop, num_keys, sliding_window, query.dtype),
+            else layout.mask(rows.start, rows.stop, num_keys, sliding_window).to(query.dtype),
             is_causal=is_causal,
             scale=scaling,
         )
@@ -144,21 +146,18 @@ def _attend_singles(
     """One query token per sequence, [B, H, D] -> [B, H, D].
 
     The H / num_kv_heads query heads of a key head are taken as query *rows* of that head, so that
-    keys and values are read once and never repeated.
+    keys and values are read once and never repeated. Two batched products beat the CPU's fused
+    kernel four times over at one token per sequence (0.33 against 1.4 ms for 64 sequences of 112
+    tokens, 3 key heads of 64), and their result for a row does not depend on the other rows.
     """
     batch, num_heads, head_size = query.shape
-    keys, values = layout.pool.read(layer_index, layout.single_pages)
+    keys, values = layout.pool.read(layer_index, layout.single_page_rows)
     num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
-    group = num_heads // num_kv_heads
-    mask = layout.mask(0, batch, num_keys, window, query.dtype)
-    attended = scaled_dot_product_attention(
-        query.reshape(batch, num_kv_heads, group, head_size),
-        keys,
-        values,
-        attn_mask=mask[:, None, None, :].expand(batch, 1, group, num_keys),
-        scale=scaling,
-    )
-    return attended.reshape(batch, num_heads, head_size)
+    grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_size)
+    scores = torch.matmul(grouped, keys.transpose(2, 3)).float()  # [B, num_kv_heads, group, T]
+    mask = layout.mask(0, batch, num_keys, window)[:, None, None, :]
+    weights = scores.mul_(scaling).add_(mask).softmax(-1).to(values.dtype)
+    return torch.matmul(weights, values).view(batch, num_heads, head_size)
 
 
 def _repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:

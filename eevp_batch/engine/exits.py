@@ -84,6 +84,7 @@ def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None
 def confidence(
     kind: str,
     scores: torch.Tensor,
+    total: torch.Tensor,
     outside_lse: torch.Tensor | None,
     vocab_size: int,
     states: SegmentOutput,
@@ -98,15 +99,13 @@ def confidence(
             outside taken as spread evenly) or `hidden_cosine` (CALM, section 3.4: cosine of the
             states before and after the exit layer).
         scores: [B, C] float32, the whole vocabulary or the kept ids.
+        total: [B] log of the whole mass, see `total_lse`.
         outside_lse: [B], or None when `scores` is the whole vocabulary.
         vocab_size: V.
         states: before and after the exit layer.
     """
     if kind == "hidden_cosine":
         return cosine_similarity(states.hidden.float(), states.before.float(), dim=-1)
-    total = scores.logsumexp(-1)
-    if outside_lse is not None:
-        total = torch.logaddexp(total, outside_lse)
     if kind == "entropy":
         return 1.0 - _entropy(scores, total, outside_lse, vocab_size) / math.log(vocab_size)
     if kind == "max_prob":
@@ -114,6 +113,12 @@ def confidence(
     best = top_k(scores, min(2, scores.shape[1]))[0].sort(-1, descending=True).values
     probabilities = (best - total[:, None]).exp()
     return probabilities[:, 0] - probabilities[:, 1:].sum(-1)
+
+
+def total_lse(scores: torch.Tensor, outside_lse: torch.Tensor | None) -> torch.Tensor:
+    """Log-sum-exp [B] of all scores, those outside the kept ids included."""
+    total = scores.logsumexp(-1)
+    return total if outside_lse is None else torch.logaddexp(total, outside_lse)
 
 
 def _entropy(
@@ -201,10 +206,10 @@ class ExitRule:
             fronts: their seats, steps and numbers.
         """
         scores, ids, outside = self._scores(depth, states, fronts.seats)
-        trust = confidence(
-            self._exits.confidence, scores, outside, self._vocab_size, states
-        )  # [B]
-        finite = scores.logsumexp(-1).isfinite()
+        total = total_lse(scores, outside)
+        kind = self._exits.confidence
+        trust = confidence(kind, scores, total, outside, self._vocab_size, states)  # [B]
+        finite = total.isfinite()
         if self._penalises:
             seen = self._seen[fronts.seats]
             seen = seen if ids is None else seen.gather(1, ids)

@@ -51,11 +51,13 @@ class KvPool:
         num_slots = (num_pages + 1) * PAGE_SIZE
         self.num_pages = num_pages
         self.max_pages = min(max_pages, num_pages)
-        self.kv_shape = (num_kv_heads, head_size)
-        # [L][num_slots, num_kv_heads * D]: one row a token, so that a page is one copy.
-        width = num_kv_heads * head_size
-        self.keys = [_zeros(num_slots, width, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(num_slots, width, dtype, device) for _ in range(num_layers)]
+        self.num_kv_heads = num_kv_heads
+        self._heads = torch.arange(num_kv_heads, device=device)
+        # [L][num_pages + 1, num_kv_heads, PAGE_SIZE, D]: the pages of one key head, gathered, are a
+        # matrix that a product can read without another copy.
+        rows = num_slots * num_kv_heads
+        self.keys = [_zeros(rows, head_size, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(rows, head_size, dtype, device) for _ in range(num_layers)]
         self.hidden = _zeros(num_slots, hidden_size, dtype, device)  # [num_slots, E]
         # [max_resident, max_pages], unused entries point at the scratch page.
         self.page_table = torch.zeros(
@@ -125,9 +127,8 @@ class KvPool:
         """
         if scrub:
             for page in sequence.pages:
-                slots = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
                 for store in (*self.keys, *self.values, self.hidden):
-                    store[slots] = 0
+                    store.view(self.num_pages + 1, -1)[page] = 0
         self.page_table[sequence.seat, : len(sequence.pages)] = SCRATCH_PAGE
         self._free_pages.extend(reversed(sequence.pages))
         self._free_seats.append(sequence.seat)
@@ -140,32 +141,41 @@ class KvPool:
         page, offset = divmod(position, PAGE_SIZE)
         return sequence.pages[page] * PAGE_SIZE + offset
 
-    def write(
-        self, layer_index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Store keys (after rotary) and values, both [N, num_kv_heads, D], at slots [N]."""
-        self.keys[layer_index].index_copy_(0, slots, key.reshape(len(slots), -1))
-        self.values[layer_index].index_copy_(0, slots, value.reshape(len(slots), -1))
+    def token_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of the stores that hold the tokens at slots [N], [N * num_kv_heads]."""
+        page, offset = slots[:, None] // PAGE_SIZE, slots[:, None] % PAGE_SIZE
+        return ((page * self.num_kv_heads + self._heads) * PAGE_SIZE + offset).view(-1)
 
-    def read(self, layer_index: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of whole pages.
+    def page_rows(self, pages: torch.Tensor) -> torch.Tensor:
+        """What `read` takes for pages [B, P]: [B, num_kv_heads, P]."""
+        return pages[:, None, :] * self.num_kv_heads + self._heads[None, :, None]
+
+    def write(
+        self, layer_index: int, token_rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store keys (after rotary) and values, both [N, num_kv_heads, D]."""
+        width = key.shape[-1]
+        self.keys[layer_index].index_copy_(0, token_rows, key.reshape(-1, width))
+        self.values[layer_index].index_copy_(0, token_rows, value.reshape(-1, width))
+
+    def read(self, layer_index: int, page_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values of whole pages.
 
         Args:
             layer_index: 0-based layer.
-            pages: [B, P] page ids.
+            page_rows: [B, num_kv_heads, P], see `page_rows`.
 
         Returns:
-            Two tensors [B, num_kv_heads, P * PAGE_SIZE, D], strided views of a copy.
+            Two contiguous tensors [B, num_kv_heads, P * PAGE_SIZE, D].
         """
-        rows, columns = pages.shape
-        flat = pages.reshape(-1)
-        shape = (rows, columns * PAGE_SIZE, *self.kv_shape)
+        batch, heads, columns = page_rows.shape
+        flat = page_rows.view(-1)
+        shape = (batch, heads, columns * PAGE_SIZE, -1)
         key, value = (
             store[layer_index]
-            .view(self.num_pages + 1, -1)
+            .view((self.num_pages + 1) * heads, -1)
             .index_select(0, flat)
             .view(shape)
-            .transpose(1, 2)
             for store in (self.keys, self.values)
         )
         return key, value

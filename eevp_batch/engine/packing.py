@@ -33,6 +33,7 @@ class PackedTokens:
         front_rows: [B] row of each sequence's front token, in the order of the sequences.
         project_positions: [W] positions of the tokens that are only projected.
         project_slots: [W] their slots.
+        project_rows: [W * num_kv_heads] where their keys/values go, see `KvPool.token_rows`.
         num_tokens: rows that are real.
         layout: what attention needs to know, the same for every layer.
     """
@@ -43,6 +44,7 @@ class PackedTokens:
     front_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
+    project_rows: torch.Tensor
     num_tokens: int
     layout: AttentionLayout
 
@@ -79,7 +81,7 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
                 RaggedRows(
                     start=start,
                     stop=len(positions),
-                    pages=torch.tensor(sequence.pages, device=device),
+                    page_rows=pool.page_rows(torch.tensor([sequence.pages], device=device)),
                     is_fresh=len(item.run) == sequence.front + 1,
                 )
             )
@@ -89,6 +91,7 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
         _pad(column)
     position_tensor = torch.tensor(positions, device=device)
     slot_tensor = torch.tensor(slots, device=device)
+    project_slot_tensor = torch.tensor(project_slots, dtype=torch.int64, device=device)
     singles = [sequences[index] for index in order[:num_single]]
     return PackedTokens(
         token_ids=torch.tensor(token_ids, device=device) if depth == 0 else None,
@@ -96,13 +99,14 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
         slots=slot_tensor,
         front_rows=torch.tensor(front_rows, device=device),
         project_positions=torch.tensor(project_positions, dtype=torch.int64, device=device),
-        project_slots=torch.tensor(project_slots, dtype=torch.int64, device=device),
+        project_slots=project_slot_tensor,
+        project_rows=pool.token_rows(project_slot_tensor),
         num_tokens=num_tokens,
         layout=AttentionLayout(
             pool=pool,
-            slots=slot_tensor,
+            token_rows=pool.token_rows(slot_tensor),
             positions=position_tensor,
-            single_pages=_page_rows(singles, pool),
+            single_page_rows=pool.page_rows(_pages(singles, pool)),
             num_single=num_single,
             ragged=ragged,
         ),
@@ -114,7 +118,7 @@ def _pad(column: list[int]) -> None:
     column += [0] * (-len(column) % ROW_MULTIPLE)
 
 
-def _page_rows(singles: SequenceOf[Sequence], pool: KvPool) -> torch.Tensor:
+def _pages(singles: SequenceOf[Sequence], pool: KvPool) -> torch.Tensor:
     """[num_single, P] page ids, P the most pages among them."""
     width = max((KvPool.pages_for(s.front + 1) for s in singles), default=0)
     seats = torch.tensor([s.seat for s in singles], dtype=torch.int64)

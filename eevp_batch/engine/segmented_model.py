@@ -191,11 +191,11 @@ class _WaitingStates:
     """The tokens of a pack that are only projected: their states, read once for all layers."""
 
     def __init__(self, model: SegmentedModel, tokens: PackedTokens, pool: KvPool) -> None:
-        self._model, self._pool, self._slots = model, pool, tokens.project_slots
+        self._model, self._pool, self._rows = model, pool, tokens.project_rows
         self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
         self._rotary = model.rotary(tokens.project_positions, self._hidden)
 
     def project(self, index: int) -> None:
         """Write their keys/values of layer `index`."""
         key, value = self._model.project(index, self._hidden, self._rotary)
-        self._pool.write(index, self._slots, key, value)
+        self._pool.write(index, self._rows, key, value)

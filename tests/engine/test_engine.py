@@ -26,7 +26,11 @@ def watch_releases(pool: KvPool, seen: list[tuple[Sequence, list[Any]]]) -> None
     def copying(sequence: Sequence, *, scrub: bool = False) -> None:
         count = sequence.filled[-1]
         slots = torch.tensor([pool.slot(sequence, position) for position in range(count)])
-        kept = [(pool.keys[i][slots].clone(), pool.values[i][slots].clone()) for i in range(6)]
+        rows = pool.token_rows(slots)
+        kept = [
+            (pool.keys[i][rows].view(count, -1), pool.values[i][rows].view(count, -1))
+            for i in range(6)
+        ]
         seen.append((sequence, kept))
         release(sequence, scrub=scrub)
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from eevp_batch.engine.exits import confidence, decayed
+from eevp_batch.engine import exits
+from eevp_batch.engine.exits import decayed, total_lse
 from eevp_batch.engine.pruned_vocab import prune
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.spec import DecaySpec
@@ -19,6 +20,18 @@ NOBODY = torch.tensor([], dtype=torch.int64)
 
 def full_scores() -> torch.Tensor:
     return torch.randn(8, V, generator=torch.Generator().manual_seed(0)) * 4
+
+
+def confidence(
+    kind: str,
+    scores: torch.Tensor,
+    outside: torch.Tensor | None,
+    vocab_size: int,
+    states: SegmentOutput,
+) -> torch.Tensor:
+    return exits.confidence(
+        kind, scores, total_lse(scores, outside), outside, vocab_size, states
+    )
 
 
 def test_margin_is_the_difference_of_the_two_best_probabilities() -> None:

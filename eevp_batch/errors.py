@@ -1,23 +1,23 @@
 """Every exception this package raises on purpose, and the exit code each one ends a command with.
 
-    EevpError                     1
-    ├── UsageError                2   what the user gave cannot be used; found before anything starts
-    │   ├── SpecError                 the job file: file, line, field, found, allowed
-    │   ├── InputError                the input data: file, column, found, allowed
-    │   └── ModelError                the model folder: missing, unsupported, not to be trusted
-    ├── TooManyErrorsError        3   the job ended with more error rows than `run.max_error_rate` allows
-    ├── ResumeRefusedError        4   the output folder belongs to another job; names each changed field
-    ├── ClusterError              5   no cluster to be reached, or it refused us
-    ├── VerifyFailedError         6   the output does not account for every row
-    ├── JobFailedError            1   replicas kept dying, or storage kept failing
-    │   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
-    ├── EngineError               1
-    │   └── EngineStalledError        a step ran nothing while work remained: a bug, never waited out
-    └── RowError                      one row cannot be done; it becomes an error row, the job goes on
-        ├── EmptyPromptError
-        ├── PromptTooLongError
-        ├── PromptRenderError         the template raised, or the messages are not messages
-        └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+EevpError                     1
+├── UsageError                2   what the user gave cannot be used; found before the start
+│   ├── SpecError                 the job file: file, line, field, found, allowed
+│   ├── InputError                the input data: file, column, found, allowed
+│   └── ModelError                the model folder: missing, unsupported, not to be trusted
+├── TooManyErrorsError        3   more error rows than `run.max_error_rate` allows
+├── ResumeRefusedError        4   the output folder belongs to another job
+├── ClusterError              5   no cluster to be reached, or it refused us
+├── VerifyFailedError         6   the output does not account for every row
+├── JobFailedError            1   replicas kept dying, or storage kept failing
+│   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
+├── EngineError               1
+│   └── EngineStalledError        a step ran nothing while work remained: a bug
+└── RowError                      one row cannot be done; it becomes an error row
+    ├── EmptyPromptError
+    ├── PromptTooLongError
+    ├── PromptRenderError         the template raised, or the messages are not messages
+    └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
 """
 
 from __future__ import annotations

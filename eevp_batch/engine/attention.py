@@ -54,9 +54,7 @@ class AttentionLayout:
     ragged: list[RaggedRows]
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def mask(
-        self, start: int, stop: int, num_keys: int, window: int | None
-    ) -> torch.Tensor:
+    def mask(self, start: int, stop: int, num_keys: int, window: int | None) -> torch.Tensor:
         """Additive float32 mask [stop - start, num_keys]: 0 where a row may look, -inf elsewhere.
 
         A row at position t looks at positions t - window + 1 .. t, or 0 .. t without a window.

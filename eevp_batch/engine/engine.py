@@ -29,7 +29,8 @@ from eevp_batch.spec import ExitSpec, SamplingSpec
 class Detokenizer(Protocol):
     """The one thing the engine asks of a tokenizer."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Text of the ids."""
 
 
 @dataclass(slots=True)

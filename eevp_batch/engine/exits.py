@@ -16,7 +16,6 @@ from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
-
 GATHER_LIMIT = 0.5
 """Rows of the head are gathered per token while B * K stays below this share of V, counted at the
 largest batch: beyond it a dense product over V is no dearer (measured: 64 rows, V = 49,152, K = 256
@@ -28,11 +27,14 @@ class Head(Protocol):
     """What exits need of a model."""
 
     @property
-    def head_weight(self) -> torch.Tensor: ...
+    def head_weight(self) -> torch.Tensor:
+        """[V, E]."""
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, [B, E] -> [B, E]."""
 
-    def scores(self, normed: torch.Tensor) -> torch.Tensor: ...
+    def scores(self, normed: torch.Tensor) -> torch.Tensor:
+        """Scores over the whole vocabulary, [B, E] -> [B, V] float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,4 +190,6 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     if device.type != "cpu":
         return torch.zeros(rows, columns, dtype=dtype, device=device)
     num_bytes = rows * columns * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(rows, columns)
+    return (
+        torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(rows, columns)
+    )

@@ -63,7 +63,8 @@ def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{model.path}: weights cannot be loaded: {error}") from error
-    return loaded.to(device).eval()  # type: ignore[arg-type]
+    loaded.to(device).eval()  # type: ignore[arg-type]
+    return loaded
 
 
 def build_engine(
@@ -97,7 +98,7 @@ def build_engine(
 
 
 def end_ids(weights: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a generation: the generation config's, else the config's, else the tokenizer's."""
+    """Ids that end a generation: of the generation config, else the config, else the tokenizer."""
     generation = getattr(weights, "generation_config", None)
     for source in (generation, weights.config, tokenizer):
         found = getattr(source, "eos_token_id", None)

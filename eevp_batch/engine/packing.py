@@ -14,12 +14,12 @@ import torch
 
 from eevp_batch.engine.attention import AttentionLayout, RaggedRows
 from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.sequence import Sequence
+from eevp_batch.engine.sequence import Sequence, Waiting
 
 ROW_MULTIPLE = 16
 """Batches are padded to a multiple of this many rows. CPU GEMM kernels switch their summation order
 for very few rows; from 4 rows on a row's result does not depend on how many others there are, which
-is what makes a row's output independent of its batch mates to the last bit (bfloat16)."""
+is what makes a row's output independent of its batch mates to the last bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,73 +54,78 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
 
     Sequences that bring one token come first, so that attention can take them as one batch.
     """
-    waiting = [sequence.waiting(depth) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: len(waiting[i].run) > 1)
-    num_single = sum(len(item.run) == 1 for item in waiting)
-
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    project_positions: list[int] = []
-    project_slots: list[int] = []
-    front_rows = [0] * len(sequences)
-    ragged: list[RaggedRows] = []
-    device = pool.page_table.device
+    entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
+    order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
+    rows = _Rows(pool)
+    front_rows = [0] * len(entering)
     for index in order:
-        sequence, item = sequences[index], waiting[index]
-        start = len(positions)
-        positions += item.run
-        slots += [pool.slot(sequence, position) for position in item.run]
-        if depth == 0:
-            token_ids += [sequence.token_ids[position] for position in item.run]
-        front_rows[index] = len(positions) - 1
-        project_positions += item.project
-        project_slots += [pool.slot(sequence, position) for position in item.project]
-        if len(item.run) > 1:
-            ragged.append(
-                RaggedRows(
-                    start=start,
-                    stop=len(positions),
-                    page_rows=pool.page_rows(torch.tensor([sequence.pages], device=device)),
-                    is_fresh=len(item.run) == sequence.front + 1,
-                )
+        front_rows[index] = rows.add(*entering[index])
+    return rows.packed(depth, front_rows)
+
+
+class _Rows:
+    """The columns of a pack while it grows."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self._device = pool.page_table.device
+        self._token_ids: list[int] = []
+        self._positions: list[int] = []
+        self._slots: list[int] = []
+        self._project_positions: list[int] = []
+        self._project_slots: list[int] = []
+        self._singles: list[Sequence] = []
+        self._ragged: list[RaggedRows] = []
+
+    def add(self, sequence: Sequence, waiting: Waiting) -> int:
+        """Append what one sequence brings; returns its front token's row."""
+        pool, start = self._pool, len(self._positions)
+        self._positions += waiting.run
+        self._slots += [pool.slot(sequence, position) for position in waiting.run]
+        self._token_ids += [sequence.token_ids[position] for position in waiting.run]
+        self._project_positions += waiting.project
+        self._project_slots += [pool.slot(sequence, position) for position in waiting.project]
+        if len(waiting.run) == 1:
+            self._singles.append(sequence)
+        else:
+            pages = torch.tensor([sequence.pages], device=self._device)
+            is_fresh = len(waiting.run) == sequence.front + 1
+            self._ragged.append(
+                RaggedRows(start, len(self._positions), pool.page_rows(pages), is_fresh)
             )
+        return len(self._positions) - 1
 
-    num_tokens = len(positions)
-    for column in (positions, slots, token_ids, project_positions, project_slots):
-        _pad(column)
-    position_tensor = torch.tensor(positions, device=device)
-    slot_tensor = torch.tensor(slots, device=device)
-    project_slot_tensor = torch.tensor(project_slots, dtype=torch.int64, device=device)
-    singles = [sequences[index] for index in order[:num_single]]
-    return PackedTokens(
-        token_ids=torch.tensor(token_ids, device=device) if depth == 0 else None,
-        positions=position_tensor,
-        slots=slot_tensor,
-        front_rows=torch.tensor(front_rows, device=device),
-        project_positions=torch.tensor(project_positions, dtype=torch.int64, device=device),
-        project_slots=project_slot_tensor,
-        project_rows=pool.token_rows(project_slot_tensor),
-        num_tokens=num_tokens,
-        layout=AttentionLayout(
-            pool=pool,
-            token_rows=pool.token_rows(slot_tensor),
-            positions=position_tensor,
-            single_page_rows=pool.page_rows(_pages(singles, pool)),
-            num_single=num_single,
-            ragged=ragged,
-        ),
-    )
+    def packed(self, depth: int, front_rows: list[int]) -> PackedTokens:
+        """The pack, padded."""
+        pool, num_tokens = self._pool, len(self._positions)
+        positions, slots = self._padded(self._positions), self._padded(self._slots)
+        project_slots = self._padded(self._project_slots)
+        return PackedTokens(
+            token_ids=self._padded(self._token_ids) if depth == 0 else None,
+            positions=positions,
+            slots=slots,
+            front_rows=torch.tensor(front_rows, device=self._device),
+            project_positions=self._padded(self._project_positions),
+            project_slots=project_slots,
+            project_rows=pool.token_rows(project_slots),
+            num_tokens=num_tokens,
+            layout=AttentionLayout(
+                pool=pool,
+                token_rows=pool.token_rows(slots),
+                positions=positions,
+                single_page_rows=pool.page_rows(self._single_pages()),
+                num_single=len(self._singles),
+                ragged=self._ragged,
+            ),
+        )
 
+    def _padded(self, column: list[int]) -> torch.Tensor:
+        """[N] int64, padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
+        padding = [0] * (-len(column) % ROW_MULTIPLE)
+        return torch.tensor(column + padding, dtype=torch.int64, device=self._device)
 
-def _pad(column: list[int]) -> None:
-    """Pad with zeros (position 0, slot 0 of the scratch page) to a multiple of ROW_MULTIPLE."""
-    column += [0] * (-len(column) % ROW_MULTIPLE)
-
-
-def _pages(singles: SequenceOf[Sequence], pool: KvPool) -> torch.Tensor:
-    """[num_single, P] page ids, P the most pages among them."""
-    width = max((KvPool.pages_for(s.front + 1) for s in singles), default=0)
-    seats = torch.tensor([s.seat for s in singles], dtype=torch.int64)
-    return pool.page_table[seats.to(pool.page_table.device), :width]
-
+    def _single_pages(self) -> torch.Tensor:
+        """[num_single, P] page ids, P the most pages among them."""
+        width = max((KvPool.pages_for(s.front + 1) for s in self._singles), default=0)
+        seats = torch.tensor([s.seat for s in self._singles], dtype=torch.int64)
+        return self._pool.page_table[seats.to(self._device), :width]

@@ -38,7 +38,9 @@ class PromptEncoder:
         has_template = tokenizer.chat_template is not None
         self._is_chat = has_template if prompt.chat == "auto" else bool(prompt.chat)
         if self._is_chat and not has_template:
-            raise UsageError("prompt.chat: found true; allowed: false, the tokenizer has no template")
+            raise UsageError(
+                "prompt.chat: found true; allowed: false, the tokenizer has no template"
+            )
         if not self._is_chat and (prompt.system or source.messages_column):
             field = "prompt.system" if prompt.system else "input.messages_column"
             raise UsageError(f"{field}: needs a chat template; found none; allowed: null")
@@ -53,7 +55,9 @@ class PromptEncoder:
             parsed = self._environment.parse(template)
             self._template = self._environment.from_string(template)
         except TemplateError as error:
-            raise UsageError(f"prompt.template: found {error}; allowed: a jinja template") from error
+            raise UsageError(
+                f"prompt.template: found {error}; allowed: a jinja template"
+            ) from error
         self._variables = sorted(find_undeclared_variables(parsed))
 
     @property

@@ -1,4 +1,4 @@
-"""Dynamic vocabulary pruning (arXiv 2410.18952): keep K ids per token, score only those later on."""
+"""Dynamic vocabulary pruning (arXiv 2410.18952): keep K ids per token, score only those later."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Qwen3. Knows packed tokens and the pool, nothing of sequences, exits or sampling
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ class SegmentedModel:
             )
         model.config._attn_implementation = ATTENTION_NAME
         self.config = config
-        self.layers: Sequence[nn.Module] = model.model.layers
+        self.layers: Sequence[Any] = model.model.layers
         self._embed: nn.Embedding = model.model.embed_tokens
         self._norm: nn.Module = model.model.norm
         self._rotary: nn.Module = model.model.rotary_emb

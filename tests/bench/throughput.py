@@ -18,99 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MAX_NEW_TOKENS = 128
-SYSTEMS = {
-    "transformers-float32": {"engine": "transformers", "dtype": "float32", "batch": 32},
-    "transformers-bfloat16": {"engine": "transformers", "dtype": "bfloat16", "batch": 64},
-    "eevp-float32-off": {"engine": "eevp", "dtype": "float32", "batch": 64},
-    "eevp-bfloat16-off": {"engine": "eevp", "dtype": "bfloat16", "batch": 64},
-    "eevp-bfloat16-on": {
-        "engine": "eevp",
-        "dtype": "bfloat16",
-        "batch": 64,
-        "layers": [20, 25],
-        "threshold": 0.9,
-    },
-}  # fmt: skip
-Outputs = list[list[int]]
-
-
-# ---------------------------------------------------------------- the systems, each in a process
-
-
-def transformers_static(model_path: str, prompts: list[list[int]], setting: dict[str, Any]) -> Any:
-    """Length-sorted, left-padded batches, as a careful user of `generate` would run them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, setting["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
-    end = model.generation_config.eos_token_id
-
-    @torch.inference_mode()
-    def generate(count: int) -> tuple[Outputs, dict[str, Any]]:
-        order = sorted(range(count), key=lambda i: len(prompts[i]))
-        outputs: Outputs = [[] for _ in range(count)]
-        for start in range(0, count, setting["batch"]):
-            rows = order[start : start + setting["batch"]]
-            width = max(len(prompts[i]) for i in rows)
-            padding = [width - len(prompts[i]) for i in rows]
-            ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(padding, rows, strict=True)])
-            mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
-            out = model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=end,
-            )
-            for i, row in zip(rows, out[:, width:].tolist(), strict=True):
-                outputs[i] = row[: row.index(end) + 1] if end in row else row
-        return outputs, {}
-
-    return generate
-
-
-def eevp(model_path: str, prompts: list[list[int]], setting: dict[str, Any]) -> Any:
-    """Our engine; `layers` turns exits on."""
-    from eevp_batch.engine.load import build_engine, load_weights
-    from eevp_batch.engine.tokenizer import load_tokenizer
-    from eevp_batch.model_config import read_model_config
-    from eevp_batch.records import Generation, Prompt
-    from eevp_batch.spec import EngineSpec, ExitSpec, ModelSpec, SamplingSpec
-
-    spec = ModelSpec(path=model_path, dtype=setting["dtype"])
-    config = read_model_config(spec)
-    exits = ExitSpec(mode="off")
-    if "layers" in setting:
-        exits = ExitSpec(layers=setting["layers"], threshold=setting["threshold"])
-    engine = build_engine(
-        load_weights(spec, config),
-        load_tokenizer(config, spec),
-        exits,
-        SamplingSpec(max_new_tokens=MAX_NEW_TOKENS),
-        EngineSpec(max_batch=setting["batch"]),
-    )
-
-    def generate(count: int) -> tuple[Outputs, dict[str, Any]]:
-        outputs: Outputs = [[] for _ in range(count)]
-        layers = 0
-        for result in engine.generate(Prompt(i, prompts[i]) for i in range(count)):
-            if not isinstance(result, Generation):
-                raise SystemExit(f"row {result.row_id} failed: {result.message}")
-            outputs[int(result.row_id)] = result.token_ids
-            layers += sum(result.exit_layers)
-        return outputs, {"mean_exit_layer": layers / sum(map(len, outputs))}
-
-    return generate
-
-
-ENGINES: dict[str, Callable[..., Any]] = {"transformers": transformers_static, "eevp": eevp}
+from tests.bench.systems import ENGINES, MAX_NEW_TOKENS, SYSTEMS, Outputs
 
 
 def serve(name: str, model_path: str, limit: int, threads: int) -> None:
@@ -140,9 +53,6 @@ def serve(name: str, model_path: str, limit: int, threads: int) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         run = {"seconds": seconds, "outputs": outputs, "peak_rss_bytes": peak, **extra}
         print(json.dumps(run), flush=True)
-
-
-# ------------------------------------------------------------------------------ the comparison
 
 
 @dataclass
@@ -202,19 +112,17 @@ def full_depth_of(name: str, systems: dict[str, System]) -> System | None:
 
 
 def table(systems: dict[str, System]) -> str:
-    """What a person reads; ratios are to the first system, pair by pair."""
-    first = next(iter(systems.values()))
+    """What a person reads; ratios are to transformers in the same type, pair by pair."""
     head = (
         f"{'system':24}{'tok/s':>8}{'ratio':>7}{'tokens':>8}{'mean exit':>11}{'same rows':>11}"
         f"{'agree':>8}{'RSS MiB':>9}{'load s':>8}  runs"
     )
     lines = [head]
     for name, system in systems.items():
-        ratio = statistics.median(
-            mine / base for mine, base in zip(system.rates, first.rates, strict=True)
-        )
+        base = systems.get(f"transformers-{SYSTEMS[name]['dtype']}", system)
+        ratio = statistics.median(a / b for a, b in zip(system.rates, base.rates, strict=True))
         layer = system.runs[0].get("mean_exit_layer")
-        full = full_depth_of(name, systems) or first
+        full = full_depth_of(name, systems) or system
         identical, share = agreement(system.outputs, full.outputs)
         peak = max(run["peak_rss_bytes"] for run in system.runs) / 2**20
         lines.append(
@@ -237,9 +145,9 @@ def hardware() -> str:
     return platform.processor()
 
 
-def main() -> None:
-    """Start the systems, run the rounds, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Tokens per second, side by side.")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=192, help="prompts, at most 192")
@@ -247,54 +155,66 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated names")
     parser.add_argument("--out", type=Path, help="write figures as JSON")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        serve(options.serve, options.model, options.limit, options.threads)
+    return parser.parse_args()
+
+
+def start(name: str, chosen: argparse.Namespace) -> System:
+    """A system's process, its model loaded."""
+    command = [sys.executable, "-m", "tests.bench.throughput", "--serve", name]
+    for option in ("model", "limit", "threads"):
+        command += [f"--{option}", str(getattr(chosen, option))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    system = System(name, process)
+    system.load_s = system.read()["load_s"]
+    return system
+
+
+def setup(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": hardware(),
+        "threads": chosen.threads,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "model": Path(chosen.model).name,
+        "prompts": chosen.limit,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
+
+
+def figures(system: System) -> dict[str, Any]:
+    """What is kept of a system's runs."""
+    return {
+        "setting": SYSTEMS[system.name],
+        "tokens_per_s": system.rates,
+        "tokens": system.tokens,
+        "mean_exit_layer": system.runs[0].get("mean_exit_layer"),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in system.runs),
+        "load_s": system.load_s,
+    }
+
+
+def main() -> None:
+    """Start the systems, run the rounds, print the table."""
+    chosen = options()
+    if chosen.serve:
+        serve(chosen.serve, chosen.model, chosen.limit, chosen.threads)
         return
-    systems: dict[str, System] = {}
-    for name in options.systems.split(","):
-        command = [sys.executable, "-m", "tests.bench.throughput", "--serve", name]
-        command += ["--model", options.model, "--limit", str(options.limit)]
-        command += ["--threads", str(options.threads)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        systems[name] = System(name, process)
-        systems[name].load_s = systems[name].read()["load_s"]
-    for number in range(options.rounds):
+    systems = {name: start(name, chosen) for name in chosen.systems.split(",")}
+    for number in range(chosen.rounds):
         for system in systems.values():
             system.run()
             print(f"round {number + 1}: {system.name} {system.rates[-1]:.1f} tok/s", flush=True)
     for system in systems.values():
         system.process.communicate()
-    import torch
-    import transformers
-
-    setup = {
-        "cpu": hardware(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "prompts": options.limit,
-        "max_new_tokens": MAX_NEW_TOKENS,
-    }
-    print("\n" + " | ".join(f"{key} {value}" for key, value in setup.items()))
+    print("\n" + " | ".join(f"{key} {value}" for key, value in setup(chosen).items()))
     print(table(systems))
-    if options.out:
-        figures = {
-            name: {
-                "setting": SYSTEMS[name],
-                "tokens_per_s": system.rates,
-                "tokens": system.tokens,
-                "mean_exit_layer": system.runs[0].get("mean_exit_layer"),
-                "peak_rss_bytes": max(run["peak_rss_bytes"] for run in system.runs),
-                "load_s": system.load_s,
-            }
-            for name, system in systems.items()
-        }
-        options.out.write_text(json.dumps({"setup": setup, "systems": figures}, indent=1) + "\n")
+    if chosen.out:
+        kept = {name: figures(system) for name, system in systems.items()}
+        found = {"setup": setup(chosen), "systems": kept}
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

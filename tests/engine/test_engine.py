@@ -185,9 +185,7 @@ def test_bfloat16_rows_do_not_depend_on_their_batch(
     mixed = run(
         make_engine(tiny_llama, model=load_model(tiny_llama).bfloat16(), **settings), prompts
     )
-    solo = make_engine(
-        tiny_llama, model=load_model(tiny_llama).bfloat16(), max_batch=1, **settings
-    )
+    solo = make_engine(tiny_llama, model=load_model(tiny_llama).bfloat16(), max_batch=1, **settings)
     for prompt in prompts:
         replay, batched = run(solo, [prompt])[prompt.row_id, 0], mixed[prompt.row_id, 0]
         assert replay.token_ids == batched.token_ids

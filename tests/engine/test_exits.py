@@ -29,9 +29,7 @@ def confidence(
     vocab_size: int,
     states: SegmentOutput,
 ) -> torch.Tensor:
-    return exits.confidence(
-        kind, scores, total_lse(scores, outside), outside, vocab_size, states
-    )
+    return exits.confidence(kind, scores, total_lse(scores, outside), outside, vocab_size, states)
 
 
 def test_margin_is_the_difference_of_the_two_best_probabilities() -> None:

@@ -125,9 +125,7 @@ def test_decay_lets_later_tokens_leave(tiny_llama: Path, prompts: list[Prompt]) 
     plain = run(make_engine(tiny_llama, **settings), prompts)
     decay = DecaySpec(temperature=4.0)
     decayed = run(make_engine(tiny_llama, decay=decay, **settings), prompts)
-    mean = [
-        sum(g.mean_exit_layer for g in runs.values()) / len(runs) for runs in (plain, decayed)
-    ]
+    mean = [sum(g.mean_exit_layer for g in runs.values()) / len(runs) for runs in (plain, decayed)]
     assert mean[1] < mean[0], "0.9 decays to 0.81, so more tokens leave"
 
 

@@ -29,7 +29,7 @@ def test_seeds_differ_by_job_row_sample_and_kind_of_id() -> None:
 
 def test_numbers_are_even() -> None:
     numbers = torch.tensor([uniform(generation_seed(3, row, 0), row % 7) for row in range(4000)])
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts = torch.histc(numbers, bins=10, min=0, max=1)
     chi_square = ((counts - 400) ** 2 / 400).sum().item()
     assert chi_square < 33.7, "9 degrees of freedom: exceeded once in 10,000 when even"

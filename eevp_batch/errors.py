@@ -11,6 +11,7 @@ EevpError                     1
 ├── VerifyFailedError         6   the output does not account for every row
 ├── JobFailedError            1   replicas kept dying, or storage kept failing
 │   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
+├── JobInterruptedError     130   the user ended the job; the same command resumes it
 ├── EngineError               1
 │   └── EngineStalledError        a step ran nothing while work remained: a bug
 └── RowError                      one row cannot be done; it becomes an error row
@@ -130,6 +131,12 @@ class JobFailedError(EevpError):
 
 class StaleAttemptError(JobFailedError):
     """An attempt of an earlier lease arrived after the chunk was leased again."""
+
+
+class JobInterruptedError(EevpError):
+    """The user ended the job before it was done; the same command resumes it."""
+
+    exit_code = 130
 
 
 class EngineError(EevpError):

@@ -100,6 +100,7 @@ RAISED: dict[type[errors.EevpError], errors.EevpError] = {
     errors.ClusterError: errors.ClusterError("no"),
     errors.VerifyFailedError: errors.VerifyFailedError("out", ["data/part-00000.parquet: gone"]),
     errors.JobFailedError: errors.JobFailedError("no"),
+    errors.JobInterruptedError: errors.JobInterruptedError("no"),
     errors.EngineStalledError: errors.EngineStalledError("no"),
 }
 

@@ -8,15 +8,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from eevp_batch.errors import EevpError
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class JobInterruptedError(EevpError):
-    """The user ended the job before it was done; the same command resumes it."""
-
-    exit_code = 130
 
 
 class Interrupts:

@@ -18,10 +18,10 @@ from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
-from eevp_batch.cluster.interrupts import Interrupts, JobInterruptedError
+from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.progress import Progress, Recoveries
-from eevp_batch.errors import EevpError, JobFailedError, UsageError
+from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError, UsageError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec, JobSpec

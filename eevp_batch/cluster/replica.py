@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from eevp_batch.cluster.leases import Lease
 from eevp_batch.errors import EevpError, JobFailedError, RowError
 from eevp_batch.records import Prompt, RowFailure
 from eevp_batch.spec import JobSpec
-from eevp_batch.storage.chunks import read_chunk
+from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.commit import Attempt, write_attempt
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store
@@ -135,15 +135,19 @@ class Replica:
     def _load(self, lease: Lease, chunk: Chunk, encoder: RowEncoder) -> tuple[pa.Table, ChunkWork]:
         """Read a chunk's rows and encode them."""
         source = read_chunk(self._plan, chunk, encoder.columns)
-        rows = source.select(_unique([self._spec.input.id_column, *encoder.columns])).to_pylist()
+        needed = source.select(_unique([self._spec.input.id_column, *encoder.columns]))
         prompts, failures = encode_rows(
-            rows, self._spec.input.id_column, encoder, self._spec.sampling.n, lease.epoch
+            iter_rows(needed),
+            self._spec.input.id_column,
+            encoder,
+            self._spec.sampling.n,
+            lease.epoch,
         )
         return source, ChunkWork(lease.epoch, prompts, failures)
 
 
 def encode_rows(
-    rows: Sequence[Mapping[str, Any]], id_column: str, encoder: RowEncoder, n: int, tag: int
+    rows: Iterable[Mapping[str, Any]], id_column: str, encoder: RowEncoder, n: int, tag: int
 ) -> tuple[list[Prompt], list[RowFailure]]:
     """Encode each row once, for n samples; a row with no prompt becomes a failure."""
     prompts: list[Prompt] = []

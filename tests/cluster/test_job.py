@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from eevp_batch.cluster.coordinator import MAX_DEATHS_IN_A_ROW
@@ -94,6 +96,22 @@ def test_bad_rows_become_error_rows(shared_ray: LocalRay, tmp_path: Path) -> Non
     assert [row["row_id"] for row in job.rows()] == [r for r in range(40) if r not in errors]
     assert result.totals.rows_ok + result.totals.rows_error == 40
     assert not job.problems(), "a chunk of nothing but errors is accounted for too"
+
+
+def test_a_prompt_that_is_not_utf8_becomes_an_error_row(
+    shared_ray: LocalRay, tmp_path: Path
+) -> None:
+    prompts = pa.array([b"\xff\xfe" if row == 7 else b"prompt" for row in range(20)])
+    broken = prompts.cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"id": range(20), "prompt": broken}), tmp_path / "prompts.parquet")
+    job = make_job(tmp_path, prompts=20)
+    job.run(Script(), max_error_rate=0.05)
+    (error,) = job.errors()
+    assert (error["row_id"], error["error_class"]) == (7, "EmptyPromptError"), "the bad row fails"
+    assert [row["row_id"] for row in job.rows()] == [row for row in range(20) if row != 7], (
+        "the rows beside the bad one come out"
+    )
+    assert not job.problems(), "the output accounts for every row"
 
 
 def test_too_many_error_rows_end_the_job_once_that_is_certain(

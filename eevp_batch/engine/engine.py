@@ -6,7 +6,7 @@ The queues decide, the model computes, the engine introduces them.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,13 @@ from eevp_batch.engine.sampling import generation_seed, uniform
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.engine.stops import StopStrings
-from eevp_batch.errors import EngineStalledError, NonFiniteScoresError, PromptTooLongError, RowError
+from eevp_batch.errors import (
+    EngineStalledError,
+    NonFiniteScoresError,
+    PromptTooLongError,
+    RowError,
+    UsageError,
+)
 from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
 from eevp_batch.spec import ExitSpec, SamplingSpec
 
@@ -66,6 +72,11 @@ class Engine:
         prune_layer: the exit layer that cuts the vocabulary; None turns pruning off.
         end_ids: ids that end a generation.
         limits: what fits.
+
+    Attributes:
+        encode: token ids of a string prompt; None where prompts come as token ids only.
+        pool, queues: keys and values, and who waits where.
+        stats: counters.
     """
 
     def __init__(
@@ -106,6 +117,7 @@ class Engine:
             model.num_segments, limits.max_batch, limits.max_tokens, limits.age_cap
         )
         self._arrivals: deque[Sequence] = deque()
+        self.encode: Callable[[str], list[int]] | None = None
         self.stats = EngineStats()
 
     @property
@@ -130,25 +142,40 @@ class Engine:
             Sequence(prompt, self._model.num_segments, self._sampling.max_new_tokens, seed)
         )
 
-    def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation | RowFailure]:
+    def generate(self, prompts: Iterable[Prompt | str]) -> Iterator[Generation | RowFailure]:
         """Generate for every prompt, yielding each result as soon as it is finished.
 
         Prompts are pulled only as memory allows, so the iterable may be endless.
 
+        Args:
+            prompts: a string takes its number, from 0 on, as row id, and needs `encode`.
+
         Raises:
             EngineStalledError: a bug in the engine; nothing else is raised for a row.
         """
-        source = iter(prompts)
+        source = enumerate(prompts)
         is_open = True
         while is_open or not self.is_idle:
             while is_open and self.has_room:
-                prompt = next(source, None)
-                if prompt is None:
+                row = next(source, None)
+                if row is None:
                     is_open = False
                     break
-                self.add(prompt)
+                try:
+                    self.add(self._prompt(*row))
+                except RowError as error:
+                    yield RowFailure(row[0], type(error).__name__, str(error))
             if not self.is_idle:
                 yield from self.step()
+
+    def _prompt(self, number: int, prompt: Prompt | str) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
+        if self.encode is None:
+            raise UsageError(
+                "prompts: found a string; allowed: token ids, the engine has no encode"
+            )
+        return Prompt(row_id=number, token_ids=self.encode(prompt))
 
     @torch.inference_mode()
     def step(self) -> list[Generation | RowFailure]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -16,10 +17,11 @@ from eevp_batch.errors import ModelError
 from eevp_batch.model_config import (
     ModelConfig,
     prompt_room,
+    read_model_config,
     resolve_exit_layers,
     resolve_prune_layer,
 )
-from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, SamplingSpec
+from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, PromptSpec, SamplingSpec
 
 
 def load_engine(
@@ -43,6 +45,40 @@ def load_engine(
     weights = load_weights(spec.model, model)
     engine = build_engine(weights, tokenizer, spec.exit, spec.sampling, spec.engine)
     return engine, encoder
+
+
+def load(
+    path: str,
+    exits: ExitSpec | None = None,
+    sampling: SamplingSpec | None = None,
+    limits: EngineSpec | None = None,
+    prompt: PromptSpec | None = None,
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
+) -> Engine:
+    """An engine for use as a library; it takes strings as well as `Prompt`s.
+
+    Args:
+        path: local model folder or hub id.
+        exits: exits; like the others, what a job file that says nothing would have.
+        sampling: how tokens are chosen and when a generation ends.
+        limits: batch and memory.
+        prompt: chat template and length of string prompts.
+        dtype: number type of weights and activations.
+
+    Raises:
+        UsageError: the settings do not fit the model, or it cannot be used.
+    """
+    spec = ModelSpec(path=path, dtype=dtype)
+    sampling = sampling or SamplingSpec()
+    model = read_model_config(spec)
+    tokenizer = load_tokenizer(model, spec)
+    room = prompt_room(sampling, model)
+    encoder = PromptEncoder(tokenizer, prompt or PromptSpec(), None, room)
+    engine = build_engine(
+        load_weights(spec, model), tokenizer, exits or ExitSpec(), sampling, limits or EngineSpec()
+    )
+    engine.encode = lambda text: encoder.encode({"prompt": text})
+    return engine
 
 
 def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
@@ -83,6 +119,7 @@ def build_engine(
         sampling: sampling.
         engine: batch and memory.
     """
+    keep_freed_memory()
     config = weights.config
     exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
     model = SegmentedModel(weights, exit_layers)

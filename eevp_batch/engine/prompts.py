@@ -22,7 +22,7 @@ class PromptEncoder:
     Args:
         tokenizer: a transformers tokenizer.
         prompt: template, chat and length settings.
-        source: which column holds the prompt.
+        source: which column holds the prompt; None: the one named `prompt`.
         max_tokens: most prompt tokens that the model's context leaves.
 
     Raises:
@@ -31,9 +31,11 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: PromptSpec, source: InputSpec, max_tokens: int
+        self, tokenizer: Any, prompt: PromptSpec, source: InputSpec | None, max_tokens: int
     ) -> None:
-        self._tokenizer, self._prompt, self._source = tokenizer, prompt, source
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._messages_column = source.messages_column if source else None
+        self._prompt_column = (source.prompt_column if source else None) or "prompt"
         self.max_tokens = min(prompt.max_prompt_tokens or max_tokens, max_tokens)
         has_template = tokenizer.chat_template is not None
         self._is_chat = has_template if prompt.chat == "auto" else bool(prompt.chat)
@@ -41,7 +43,7 @@ class PromptEncoder:
             raise UsageError(
                 "prompt.chat: found true; allowed: false, the tokenizer has no template"
             )
-        if not self._is_chat and (prompt.system or source.messages_column):
+        if not self._is_chat and (prompt.system or self._messages_column):
             field = "prompt.system" if prompt.system else "input.messages_column"
             raise UsageError(f"{field}: needs a chat template; found none; allowed: null")
         self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
@@ -65,7 +67,7 @@ class PromptEncoder:
         """Input columns that a row must bring."""
         if self._template is not None:
             return self._variables
-        return [self._source.messages_column or str(self._source.prompt_column)]
+        return [self._messages_column or self._prompt_column]
 
     def encode(self, row: Mapping[str, Any]) -> list[int]:
         """Token ids of one row's prompt, one or more.

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.load import load
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
@@ -190,3 +192,20 @@ def test_bfloat16_rows_do_not_depend_on_their_batch(
         replay, batched = run(solo, [prompt])[prompt.row_id, 0], mixed[prompt.row_id, 0]
         assert replay.token_ids == batched.token_ids
         assert replay.exit_layers == batched.exit_layers
+
+
+def test_strings_are_encoded_and_a_bad_one_is_its_own_failure(tiny_llama: Path) -> None:
+    engine = load(str(tiny_llama), sampling=SamplingSpec(max_new_tokens=4), dtype="float32")
+    results = {result.row_id: result for result in engine.generate(["hello", "", "the dog"])}
+    assert isinstance(results[1], RowFailure) and results[1].error_class == "EmptyPromptError"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    for row, text in ((0, "hello"), (2, "the dog")):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        expected = oracle(load_model(tiny_llama), Prompt(row, ids), max_new_tokens=4)
+        assert results[row].token_ids == expected, "a string runs as its chat prompt"
+
+
+def test_a_string_without_an_encoder_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match="found a string"):
+        list(make_engine(tiny_llama).generate(["hello"]))

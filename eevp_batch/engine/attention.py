@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.invariance import fewest_rows
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
 
 ATTENTION_NAME = "eevp_paged"
 
@@ -149,13 +150,19 @@ def _attend_singles(
     tokens, 3 key heads of 64), and their result for a row does not depend on the other rows.
     """
     batch, num_heads, head_size = query.shape
-    keys, values = layout.pool.read(layer_index, layout.single_page_rows)
-    num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
-    grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_size)
+    pages, num_keys = layout.single_page_rows, layout.single_page_rows.shape[2] * PAGE_SIZE
+    mask = layout.mask(0, batch, num_keys, window)  # [B, T]
+    missing = max(0, fewest_rows(num_heads * head_size * PAGE_SIZE) - batch)
+    if missing:  # rows of zeros that look at the scratch page
+        query, pages = pad(query, (0, 0) * 2 + (0, missing)), pad(pages, (0, 0) * 2 + (0, missing))
+        mask = pad(mask, (0, 0, 0, missing))
+    keys, values = layout.pool.read(layer_index, pages)
+    num_kv_heads = keys.shape[1]
+    grouped = query.reshape(len(query), num_kv_heads, num_heads // num_kv_heads, head_size)
     scores = torch.matmul(grouped, keys.transpose(2, 3)).float()  # [B, num_kv_heads, group, T]
-    mask = layout.mask(0, batch, num_keys, window)[:, None, None, :]
-    weights = scores.mul_(scaling).add_(mask).softmax(-1).to(values.dtype)
-    return torch.matmul(weights, values).view(batch, num_heads, head_size)
+    scores.mul_(scaling).add_(mask[:, None, None, :])
+    attended = torch.matmul(scores.softmax(-1).to(values.dtype), values)
+    return attended.view(-1, num_heads, head_size)[:batch]
 
 
 def _repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:

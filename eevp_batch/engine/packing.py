@@ -13,13 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from eevp_batch.engine.attention import AttentionLayout, RaggedRows
+from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.sequence import Sequence, Waiting
-
-ROW_MULTIPLE = 16
-"""Batches are padded to a multiple of this many rows. CPU GEMM kernels switch their summation order
-for very few rows; from 4 rows on a row's result does not depend on how many others there are, which
-is what makes a row's output independent of its batch mates to the last bit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
+
+from eevp_batch.engine.invariance import fewest_rows
 
 BLOCK = 32
 MAX_BLOCK_K = 256
@@ -98,5 +101,8 @@ def _log_difference(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def pruned_scores(normed: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Scores at the kept ids only: [B, E], [V, E], [B, K] -> [B, K] float32."""
     rows, k = ids.shape
-    kept = weight.index_select(0, ids.reshape(-1)).view(rows, k, -1)  # [B, K, E]
-    return torch.bmm(kept, normed[:, :, None])[:, :, 0].float()
+    missing = max(0, fewest_rows(k * normed.shape[1]) - rows)
+    if missing:
+        ids, normed = pad(ids, (0, 0, 0, missing)), pad(normed, (0, 0, 0, missing))
+    kept = weight.index_select(0, ids.reshape(-1)).view(len(ids), k, -1)  # [B, K, E]
+    return torch.bmm(kept, normed[:, :, None])[:rows, :, 0].float()

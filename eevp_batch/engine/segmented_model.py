@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.attention import ATTENTION_NAME
+from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.packing import ROW_MULTIPLE, PackedTokens
+from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.errors import ModelError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")

@@ -179,11 +179,13 @@ def test_k_smaller_than_the_ids_always_kept_is_refused(tiny_llama: Path) -> None
         make_engine(tiny_llama, layers=[2], top_k=2, model=model)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_do_not_depend_on_their_batch_to_the_last_bit(
-    tiny_llama: Path, prompts: list[Prompt], dtype: torch.dtype
+def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
+    tiny_llama: Path, prompts: list[Prompt]
 ) -> None:
-    """Long enough for keys to differ in number; small batches meet other kernels (invariance.py)."""
+    """Rounding is coarse there, so near is not enough: it would show in the tokens.
+
+    Long enough for keys to differ in number; small batches meet other kernels (invariance.py).
+    """
     settings = {
         "layers": [2, 4],
         "threshold": 0.35,
@@ -191,7 +193,7 @@ def test_rows_do_not_depend_on_their_batch_to_the_last_bit(
     }
 
     def batches_of(size: int) -> dict[Any, Generation]:
-        model = load_model(tiny_llama).to(dtype)
+        model = load_model(tiny_llama).bfloat16()
         return run(make_engine(tiny_llama, model=model, max_batch=size, **settings), prompts)
 
     mixed = batches_of(12)

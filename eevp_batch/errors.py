@@ -18,6 +18,7 @@ EevpError                     1
     ├── EmptyPromptError
     ├── PromptTooLongError
     ├── PromptRenderError         the template raised, or the messages are not messages
+    ├── UnreadableTextError       a kept column's text is not UTF-8
     └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
 """
 
@@ -161,6 +162,10 @@ class PromptTooLongError(RowError):
 
 class PromptRenderError(RowError):
     """The template raised, or the messages are not a list of {role, content}."""
+
+
+class UnreadableTextError(RowError):
+    """A kept column's text is not UTF-8, so that no reader could read the output back."""
 
 
 class NonFiniteScoresError(RowError):

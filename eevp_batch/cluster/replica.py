@@ -28,10 +28,10 @@ from eevp_batch.cluster.engine_loop import (
     row_failure,
 )
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.errors import EevpError, JobFailedError, RowError
+from eevp_batch.errors import EevpError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Prompt, RowFailure
 from eevp_batch.spec import JobSpec
-from eevp_batch.storage.chunks import iter_rows, read_chunk
+from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
 from eevp_batch.storage.commit import Attempt, write_attempt
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store
@@ -138,6 +138,7 @@ class Replica:
         needed = source.select(_unique([self._spec.input.id_column, *encoder.columns]))
         prompts, failures = encode_rows(
             iter_rows(needed),
+            unreadable_rows(source, self._plan.kept_columns),
             self._spec.input.id_column,
             encoder,
             self._spec.sampling.n,
@@ -147,13 +148,29 @@ class Replica:
 
 
 def encode_rows(
-    rows: Iterable[Mapping[str, Any]], id_column: str, encoder: RowEncoder, n: int, tag: int
+    rows: Iterable[Mapping[str, Any]],
+    unreadable: Mapping[int, str],
+    id_column: str,
+    encoder: RowEncoder,
+    n: int,
+    tag: int,
 ) -> tuple[list[Prompt], list[RowFailure]]:
-    """Encode each row once, for n samples; a row with no prompt becomes a failure."""
+    """Encode each row once, for n samples; a row that cannot be done becomes a failure.
+
+    Args:
+        rows: the chunk's rows in order.
+        unreadable: column by number of the rows whose kept columns cannot be carried over.
+        id_column: the column of row ids.
+        encoder: encodes a row's prompt.
+        n: prompts per row.
+        tag: goes into each prompt.
+    """
     prompts: list[Prompt] = []
     failures: list[RowFailure] = []
-    for row in rows:
+    for number, row in enumerate(rows):
         try:
+            if number in unreadable:
+                raise UnreadableTextError(f"column {unreadable[number]!r}: text that is not UTF-8")
             token_ids = encoder.encode(row)
         except RowError as error:
             failures.append(row_failure(row[id_column], error))

@@ -66,6 +66,29 @@ def iter_rows(table: Any) -> Iterator[dict[str, Any]]:
             }
 
 
+def unreadable_rows(table: Any, names: Sequence[str]) -> dict[int, str]:
+    """Rows whose value in one of the columns is not valid (text that is not UTF-8).
+
+    Returns:
+        Column name by row number, 0-based.
+    """
+    found: dict[int, str] = {}
+    for name in names:
+        column = table.column(name)
+        if not _is_valid(column):
+            bad = (row for row in range(len(column)) if not _is_valid(column.slice(row, 1)))
+            found |= {row: name for row in bad if row not in found}
+    return found
+
+
+def _is_valid(column: Any) -> bool:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()

@@ -102,6 +102,7 @@ def make_job(
     out: str = "out",
     run: Mapping[str, Any] | None = None,
     n: int = 1,
+    keep: Sequence[str] = (),
 ) -> Job:
     """A job over rows 0, 1, 2, ... with these prompts, planned and ready to run."""
     if isinstance(prompts, int):
@@ -113,7 +114,7 @@ def make_job(
     spec = JobSpec.model_validate(
         {
             "name": "scripted",
-            "input": {"path": str(source)},
+            "input": {"path": str(source), "keep_columns": list(keep)},
             "model": {"path": "scripted"},
             "sampling": {"n": n},
             "cluster": {"replicas": replicas, "cpus_per_replica": 1.0},

@@ -148,7 +148,7 @@ def test_counters_add_up_at_rest() -> None:
 
 def test_rows_are_encoded_once_for_all_samples() -> None:
     rows = [{"id": "a", "prompt": "xy"}, {"id": "b", "prompt": None}]
-    prompts, failures = encode_rows(rows, "id", ScriptedEncoder(), 3, 9)
+    prompts, failures = encode_rows(rows, {}, "id", ScriptedEncoder(), 3, 9)
     assert [(p.row_id, p.sample_index, p.tag) for p in prompts] == [("a", s, 9) for s in range(3)]
     assert all(p.token_ids == [120, 121] for p in prompts)
     assert [(f.row_id, f.error_class) for f in failures] == [("b", EmptyPromptError.__name__)]

@@ -114,6 +114,21 @@ def test_a_prompt_that_is_not_utf8_becomes_an_error_row(
     assert not job.problems(), "the output accounts for every row"
 
 
+def test_a_kept_text_that_is_not_utf8_becomes_an_error_row(
+    shared_ray: LocalRay, tmp_path: Path
+) -> None:
+    """Carried over as it is, it would make the whole part unreadable."""
+    notes = pa.array([b"\xff\xfe" if row in (2, 7) else b"fine" for row in range(20)])
+    columns = {"id": range(20), "prompt": ["p"] * 20, "note": notes.cast(pa.string(), safe=False)}
+    pq.write_table(pa.table(columns), tmp_path / "prompts.parquet")
+    job = make_job(tmp_path, prompts=20, keep=["note"])
+    job.run(Script(), max_error_rate=0.1)
+    errors = {row["row_id"]: row["error_class"] for row in job.errors()}
+    assert errors == dict.fromkeys((2, 7), "UnreadableTextError"), "the bad rows fail"
+    assert {row["note"] for row in job.rows()} == {"fine"}, "the rows beside them come out"
+    assert not job.problems(), "the output accounts for every row"
+
+
 def test_too_many_error_rows_end_the_job_once_that_is_certain(
     shared_ray: LocalRay, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ class Sequence:
         self.exits: list[TokenExit] = []
         self.filled = [0] * num_segments
         self.pages: list[int] = []
+        self.promised = 0  # pages that it counts on and does not have yet
         self.seat = -1
         self.finish_reason: str | None = None
 
@@ -78,6 +79,16 @@ class Sequence:
             run=[*range(first, first_generated), self.front],
             project=range(first_generated, self.front),
         )
+
+    def share(self, num_positions: int) -> None:
+        """The first so many positions are in every segment's keys/values already."""
+        self.filled = [num_positions] * len(self.filled)
+
+    def restart(self) -> None:
+        """Forget everything but the prompt; what follows comes out the same."""
+        del self.token_ids[self.num_prompt :]
+        self.exits.clear()
+        self.share(0)
 
     def mark_filled(self, depth: int) -> None:
         """Segment `depth` has now seen every position up to the front."""

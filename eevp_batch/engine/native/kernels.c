@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define PAGE 16        /* tokens per page, see kv_cache.PAGE_SIZE */
 #define CHUNK_PAGES 16 /* pages between two updates of the running softmax */
@@ -29,7 +32,11 @@ typedef uint16_t hvec8 __attribute__((vector_size(16), aligned(2)));
 typedef uint16_t elem;
 
 static inline vec16 load16(const elem *p) {
+#ifdef __AVX512F__ /* one instruction; GCC 12 makes four of the portable form */
+    return (vec16)((uvec16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
+#else
     return (vec16)(__builtin_convertvector(*(const hvec16 *)p, uvec16) << 16);
+#endif
 }
 static inline vec8 load8(const elem *p) {
     return (vec8)(__builtin_convertvector(*(const hvec8 *)p, uvec8) << 16);
@@ -205,17 +212,29 @@ typedef struct {
     elem *out[MAX_QUERIES];
 } Queries;
 
-/* Scores of one page, [R][PAGE]: lanes are the page's tokens, so no sum crosses lanes. */
+/* Scores of one page, [R][PAGE]: lanes are the page's tokens, so no sum crosses lanes. Two partial
+ * sums keep the multipliers busy. The page's values and the next page's keys are fetched meanwhile:
+ * pages lie anywhere, and no hardware guesses the next one. */
 #define SCORE_PAGE(R)                                                                   \
-    static inline void score_page_##R(const Queries *qs, const elem *key, int64_t D,    \
+    static inline void score_page_##R(const Queries *qs, const elem *key,               \
+                                      const elem *value, const elem *next, int64_t D,   \
                                       float (*scores)[CHUNK], int64_t at) {             \
-        vec16 sums[R];                                                                  \
-        for (int r = 0; r < R; r++) sums[r] = (vec16){0};                               \
-        for (int64_t d = 0; d < D; d++) {                                               \
-            vec16 k = load16(key + d * PAGE);                                           \
-            for (int r = 0; r < R; r++) sums[r] += k * qs->query[r][d];                 \
+        vec16 even[R], odd[R];                                                          \
+        for (int r = 0; r < R; r++) even[r] = odd[r] = (vec16){0};                      \
+        for (int64_t d = 0; d < D; d += 2) {                                            \
+            __builtin_prefetch(value + d * PAGE);                                       \
+            __builtin_prefetch(next + d * PAGE);                                        \
+            if (sizeof(elem) > 2) {                                                     \
+                __builtin_prefetch(value + (d + 1) * PAGE);                             \
+                __builtin_prefetch(next + (d + 1) * PAGE);                              \
+            }                                                                           \
+            vec16 k = load16(key + d * PAGE), l = load16(key + (d + 1) * PAGE);         \
+            for (int r = 0; r < R; r++) {                                               \
+                even[r] += k * qs->query[r][d];                                         \
+                odd[r] += l * qs->query[r][d + 1];                                      \
+            }                                                                           \
         }                                                                               \
-        for (int r = 0; r < R; r++) *(vec16 *)(scores[r] + at) = sums[r];               \
+        for (int r = 0; r < R; r++) *(vec16 *)(scores[r] + at) = even[r] + odd[r];      \
     }
 
 /* acc [R][D] += weights [R][PAGE] values [PAGE, D]; 16 columns (or 8) at a time. */
@@ -245,12 +264,12 @@ typedef struct {
 SCORE_PAGE(1) SCORE_PAGE(2) SCORE_PAGE(3) SCORE_PAGE(4)
 ADD_VALUES(1) ADD_VALUES(2) ADD_VALUES(3) ADD_VALUES(4)
 
-static inline void score_page(int R, const Queries *qs, const elem *key, int64_t D,
-                              float (*scores)[CHUNK], int64_t at) {
-    if (R == 1) score_page_1(qs, key, D, scores, at);
-    else if (R == 2) score_page_2(qs, key, D, scores, at);
-    else if (R == 3) score_page_3(qs, key, D, scores, at);
-    else score_page_4(qs, key, D, scores, at);
+static inline void score_page(int R, const Queries *qs, const elem *key, const elem *value,
+                              const elem *next, int64_t D, float (*scores)[CHUNK], int64_t at) {
+    if (R == 1) score_page_1(qs, key, value, next, D, scores, at);
+    else if (R == 2) score_page_2(qs, key, value, next, D, scores, at);
+    else if (R == 3) score_page_3(qs, key, value, next, D, scores, at);
+    else score_page_4(qs, key, value, next, D, scores, at);
 }
 
 static inline void add_values(int R, float (*weights)[CHUNK], int64_t at, const elem *value,
@@ -316,15 +335,18 @@ static void attend_queries(const Attention *a, int R, const Queries *qs, const i
         int64_t low = first > start ? (first - start) / PAGE : 0;
         int64_t high = (last - start) / PAGE + 1; /* pages low .. high - 1 of this chunk */
         if (high > CHUNK_PAGES) high = CHUNK_PAGES;
+        const int64_t *page = pages + start / PAGE;
         for (int64_t p = low; p < high; p++) {
-            const elem *key = a->keys + (pages[start / PAGE + p] * HK + kv_head) * D * PAGE;
-            score_page(R, qs, key, D, scores, p * PAGE);
+            int64_t at = (page[p] * HK + kv_head) * D * PAGE;
+            const elem *next =
+                a->keys + (page[p + 1 < high ? p + 1 : p] * HK + kv_head) * D * PAGE;
+            score_page(R, qs, a->keys + at, a->values + at, next, D, scores, p * PAGE);
         }
         for (int r = 0; r < R; r++)
             soften(scores[r] + low * PAGE, start + low * PAGE, (high - low) * PAGE, qs->first[r],
                    qs->last[r], best + r, total + r, acc[r], D);
         for (int64_t p = low; p < high; p++) {
-            const elem *value = a->values + (pages[start / PAGE + p] * HK + kv_head) * D * PAGE;
+            const elem *value = a->values + (page[p] * HK + kv_head) * D * PAGE;
             add_values(R, scores, p * PAGE, value, D, acc);
         }
     }

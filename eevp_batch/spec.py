@@ -206,7 +206,7 @@ class EngineSpec(_Section):
     max_batch: Auto | Count = "auto"
     """Sequences per forward pass; what suits the device."""
     max_resident: Auto | Count = "auto"
-    """Sequences held in memory; one batch per exit layer."""
+    """Sequences held in memory; a batch, and a full one for each depth but the first."""
     kv_memory: Annotated[
         Auto | Count, BeforeValidator(_size), Allowed("auto, or a size such as 2GiB or 512MiB")
     ] = "auto"

@@ -128,7 +128,11 @@ class Engine:
         )
         self.prefixes = Prefixes(self.pool)
         self.queues: DepthQueues[Sequence] = DepthQueues(
-            model.num_segments, limits.max_batch, limits.max_tokens, limits.age_cap
+            model.num_segments,
+            limits.max_batch,
+            limits.full_batch,
+            limits.max_tokens,
+            limits.age_cap,
         )
         self._arrivals: deque[Sequence] = deque()
         self._residents: dict[int, Sequence] = {}  # by seat, the last admitted one last
@@ -303,10 +307,10 @@ class Engine:
         self._arrivals.appendleft(sequence)
         self.stats.restarts += 1
 
-    def _leave(self, sequence: Sequence, *, scrub: bool = False) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         """Take back what a resident sequence holds."""
         del self._residents[sequence.seat]
-        self.pool.release(sequence, scrub=scrub)
+        self.pool.release(sequence)
 
     # --- what becomes of a batch -----------------------------------------------------------------
 
@@ -331,7 +335,9 @@ class Engine:
                     f"generated token {sequence.num_generated}"
                 )
                 results.append(_failure(sequence, error))
-                self._leave(sequence, scrub=True)
+                self.pool.taint(sequence.pages)
+                self.prefixes.taint()
+                self._leave(sequence)
             elif not decision.leaves[row]:
                 self.queues.push(depth + 1, sequence)
             else:

@@ -209,16 +209,15 @@ class KvPool:
             sequence.promised -= 1
             self._num_promised -= 1
 
-    def release(self, sequence: Sequence, *, scrub: bool = False) -> None:
-        """Take back seat, pages and promise.
+    def taint(self, pages: list[int]) -> None:
+        """Zero these pages before they get another owner, because they may hold NaN.
 
-        Args:
-            sequence: a resident sequence.
-            scrub: zero its pages before somebody else gets them, needed when they may hold NaN: a
-                masked key is multiplied by zero, and NaN would survive that in attention.
+        A masked key is multiplied by zero, and NaN would survive that in attention.
         """
-        if scrub:
-            self._tainted.update(sequence.pages)
+        self._tainted.update(pages)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back seat, pages and promise of a resident sequence."""
         self.page_table[sequence.seat] = SCRATCH_PAGE
         self._num_promised -= sequence.promised
         self._free_seats.append(sequence.seat)

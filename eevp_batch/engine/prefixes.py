@@ -115,6 +115,11 @@ class Prefixes:
         self._pool.drop(oldest.pages)
         return True
 
+    def taint(self) -> None:
+        """See `KvPool.taint`: one of them may be why a row's scores are not finite."""
+        for prefix in self._kept:
+            self._pool.taint(prefix.pages)
+
     def clear(self) -> None:
         """Give up all of them."""
         for prefix in self._kept:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from eevp_batch.engine.engine import EXPECT_AFTER
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.load import load
 from eevp_batch.engine.sequence import Sequence
@@ -25,12 +26,12 @@ def watch_releases(pool: KvPool, seen: list[tuple[Sequence, list[Any]]]) -> None
     """Copy each sequence's keys/values, by layer, just before its pages go back."""
     release = pool.release
 
-    def copying(sequence: Sequence, *, scrub: bool = False) -> None:
+    def copying(sequence: Sequence) -> None:
         count = sequence.filled[-1]
         slots = torch.tensor([pool.slot(sequence, position) for position in range(count)])
         kept = [[part.view(count, -1) for part in pool.tokens(i, slots)] for i in range(6)]
         seen.append((sequence, kept))
-        release(sequence, scrub=scrub)
+        release(sequence)
 
     pool.release = copying  # type: ignore[method-assign]
 
@@ -215,3 +216,18 @@ def test_strings_are_encoded_and_a_bad_one_is_its_own_failure(tiny_llama: Path) 
 def test_a_string_without_an_encoder_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(UsageError, match="found a string"):
         list(make_engine(tiny_llama).generate(["hello"]))
+
+
+def test_rows_that_run_out_of_pages_start_again_and_come_out_the_same(
+    tiny_llama: Path, prompts: list[Prompt]
+) -> None:
+    """Memory is promised for what generations had so far, so longer ones can run out of it."""
+    settings = {"layers": [2, 4], "threshold": 0.3}
+    expected = run(make_engine(tiny_llama, **settings), prompts)
+    engine = make_engine(tiny_llama, limits={"max_resident": 6, "kv_memory": 130_000}, **settings)
+    engine.stats.finished, engine.stats.exit_histogram[6] = EXPECT_AFTER, 1  # as if all were short
+    found = run(engine, prompts)
+    assert engine.stats.restarts > 0, "the promise must have been too small here"
+    for key, generation in expected.items():
+        assert found[key].token_ids == generation.token_ids
+        assert found[key].exit_layers == generation.exit_layers

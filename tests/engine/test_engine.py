@@ -222,7 +222,8 @@ def test_rows_that_run_out_of_pages_start_again_and_come_out_the_same(
     tiny_llama: Path, prompts: list[Prompt]
 ) -> None:
     """Memory is promised for what generations had so far, so longer ones can run out of it."""
-    settings = {"layers": [2, 4], "threshold": 0.3}
+    sampling = SamplingSpec(max_new_tokens=70)
+    settings = {"layers": [2, 4], "threshold": 0.3, "sampling": sampling}
     expected = run(make_engine(tiny_llama, **settings), prompts)
     engine = make_engine(tiny_llama, limits={"max_resident": 6, "kv_memory": 130_000}, **settings)
     engine.stats.finished, engine.stats.exit_histogram[6] = EXPECT_AFTER, 1  # as if all were short

@@ -13,13 +13,13 @@ from typing import Protocol
 import torch
 
 from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.exits import Decision, ExitRule, Fronts
+from eevp_batch.engine.exits import Decision, ExitRule, ScoredTokens
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
-from eevp_batch.engine.sampling import generation_seed, uniform
+from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import Sequence
+from eevp_batch.engine.sequence import Sequence, Settled
 from eevp_batch.engine.stops import StopStrings
 from eevp_batch.errors import (
     EngineStalledError,
@@ -46,7 +46,10 @@ class EngineStats:
     Attributes:
         steps, rows: segment runs and the sequences in them, by depth.
         packed_tokens: tokens that went through a segment, prompts included.
-        exit_histogram: emitted tokens by exit layer.
+        exit_histogram: emitted tokens by exit layer; a draft counts once it stands.
+        accepted_drafts, rejected_drafts: under `verify`, judgements of the last layer on drafts, by
+            the layer that these left after: how often each exit agrees with full depth. A draft
+            behind a rejected one is not judged.
     """
 
     steps: Counter[int] = field(default_factory=Counter)
@@ -54,6 +57,15 @@ class EngineStats:
     packed_tokens: int = 0
     finished: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
+    accepted_drafts: Counter[int] = field(default_factory=Counter)
+    rejected_drafts: Counter[int] = field(default_factory=Counter)
+
+    def count(self, settled: Settled) -> None:
+        """Add the tokens that stand since a sequence left a segment."""
+        self.exit_histogram.update(exit.exit_layer for exit in settled.exits)
+        self.accepted_drafts.update(exit.exit_layer for exit in settled.accepted)
+        if settled.rejected is not None:
+            self.rejected_drafts[settled.rejected.exit_layer] += 1
 
     @property
     def tokens(self) -> int:
@@ -90,7 +102,8 @@ class Engine:
         limits: Limits,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._sampling, self._end_ids, self._limits = sampling, end_ids, limits
+        self._exits, self._sampling, self._end_ids = exits, sampling, end_ids
+        self._limits = limits
         self._stops = StopStrings(sampling.stop, self._decode)
         self._rule = ExitRule(
             head=model,
@@ -139,7 +152,14 @@ class Engine:
         """Queue one prompt; it becomes resident when memory allows."""
         seed = generation_seed(self._sampling.seed, prompt.row_id, prompt.sample_index)
         self._arrivals.append(
-            Sequence(prompt, self._model.num_segments, self._sampling.max_new_tokens, seed)
+            Sequence(
+                prompt,
+                self._model.num_segments,
+                self._sampling.max_new_tokens,
+                seed,
+                self._exits.kv,
+                self._exits.max_waiting,
+            )
         )
 
     def generate(self, prompts: Iterable[Prompt | str]) -> Iterator[Generation | RowFailure]:
@@ -196,8 +216,9 @@ class Engine:
         for sequence in sequences:
             self.pool.grow(sequence)
         tokens = pack(sequences, depth, self.pool)
+        scored = [(s, position) for s in sequences for position in s.waiting(depth).scored]
         states = self._model.run_segment(depth, tokens, self.pool)
-        decision = self._rule.decide(depth, states, self._fronts(sequences))
+        decision = self._rule.decide(depth, states, _scored_tokens(scored))
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
         self.stats.packed_tokens += tokens.num_tokens
@@ -223,43 +244,47 @@ class Engine:
                 break
         return refused
 
-    def _fronts(self, sequences: list[Sequence]) -> Fronts:
-        is_greedy = self._sampling.temperature == 0
-        return Fronts(
-            seats=torch.tensor([s.seat for s in sequences], device=self._model.device),
-            steps=[s.num_generated for s in sequences],
-            uniforms=[0.0 if is_greedy else uniform(s.seed, s.num_generated) for s in sequences],
-        )
-
     def _record(
         self, depth: int, sequences: list[Sequence], decision: Decision
     ) -> list[Generation | RowFailure]:
         """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
         results: list[Generation | RowFailure] = []
-        for row, sequence in enumerate(sequences):
-            sequence.mark_filled(depth)
-            if not decision.is_finite[row]:
+        exit_layer = self._model.exit_layers[depth]
+        stop = 0
+        for sequence in sequences:
+            start, stop = stop, stop + len(sequence.waiting(depth).scored)
+            if not all(decision.is_finite[start:stop]):
                 error = NonFiniteScoresError(
-                    f"scores after layer {self._model.exit_layers[depth]} are not finite at "
-                    f"generated token {sequence.num_generated}"
+                    f"scores after layer {exit_layer} are not finite at generated token "
+                    f"{sequence.num_generated}"
                 )
                 results.append(_failure(sequence, error))
                 self.pool.release(sequence, scrub=True)
-            elif not decision.leaves[row]:
+            elif not decision.leaves[stop - 1]:
+                sequence.mark_filled(depth)
                 self.queues.push(depth + 1, sequence)
             else:
-                exit_layer = self._model.exit_layers[depth]
-                sequence.emit(
+                exits = [
                     TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
-                )
-                self.stats.exit_histogram[exit_layer] += 1
-                self._rule.watch(sequence.seat, sequence.token_ids[-1:])
-                sequence.finish_reason = self._finish_reason(sequence)
-                if sequence.finish_reason is None:
-                    self.queues.push(0, sequence)
-                else:
-                    results.append(self._finish(sequence))
+                    for row in range(start, stop)
+                ]
+                results += self._leave(depth, sequence, exits)
         return results
+
+    def _leave(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
+        """Let the front token leave; the generation goes on, has its end judged, or is finished."""
+        settled = sequence.leave(depth, exits)
+        self.stats.count(settled)
+        self._rule.watch(sequence.seat, [exit.token_id for exit in settled.exits])
+        if sequence.finish_reason is None:
+            sequence.finish_reason = self._finish_reason(sequence)
+        if sequence.finish_reason is None:
+            self.queues.push(0, sequence)
+        elif sequence.num_drafts:
+            self.queues.push(depth + 1, sequence)
+        else:
+            return [self._finish(sequence)]
+        return []
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
         if sequence.token_ids[-1] in self._end_ids:
@@ -294,6 +319,18 @@ class Engine:
 def _cost(depth: int, sequence: Sequence) -> int:
     """Packed tokens that a sequence brings into segment `depth`."""
     return len(sequence.waiting(depth).run)
+
+
+def _scored_tokens(scored: list[tuple[Sequence, int]]) -> ScoredTokens:
+    """What exits need to know of (sequence, position)s."""
+    return ScoredTokens(
+        seats=[s.seat for s, _ in scored],
+        seeds=[s.seed for s, _ in scored],
+        steps=[s.step_of(position) for s, position in scored],
+        may_leave=[s.may_leave for s, _ in scored],
+        context_drafts=[s.drafts_until(position) for s, position in scored],
+        drafts=[s.draft_after(position) for s, position in scored],
+    )
 
 
 def _failure(sequence: Sequence, error: RowError) -> RowFailure:

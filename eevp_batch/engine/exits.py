@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch.nn.functional import cosine_similarity
 
-from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
-from eevp_batch.engine.sampling import choose, penalise
+from eevp_batch.engine.drafts import DraftChoices, judge
+from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
+from eevp_batch.engine.sampling import Choices, choices, draw, penalise, uniform
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
@@ -39,10 +40,11 @@ class Head(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of each front token; plain lists, moved to the host in one copy.
+    """What became of each scored token; plain lists, moved to the host in one copy.
 
     Attributes:
-        token_ids: the token that each would leave as.
+        token_ids: the token that each would leave as; where that was a draft to be judged, the
+            draft exactly if it stands.
         confidences: at this exit.
         leaves: whether it leaves.
         is_finite: False where the model's scores were not finite; nothing else counts then.
@@ -55,18 +57,24 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Fronts:
-    """What deciding needs to know about the front tokens, beside their states.
+class ScoredTokens:
+    """What deciding needs to know about the scored tokens, beside their states; S of each.
 
     Attributes:
-        seats: [B] rows of the per-seat buffers.
-        steps: generated tokens so far, for the decaying threshold.
-        uniforms: numbers in [0, 1) that draw the tokens; unused when greedy.
+        seats: rows of the per-seat buffers.
+        seeds: of their generations.
+        steps: numbers of the generated tokens that they would leave as.
+        may_leave: False for a token that stays before the last layer, however sure it is.
+        context_drafts: ids before each token, itself included, that are drafts.
+        drafts: the draft that each has already left as, to be judged; None where there is none.
     """
 
-    seats: torch.Tensor
+    seats: Sequence[int]
+    seeds: Sequence[int]
     steps: Sequence[int]
-    uniforms: Sequence[float]
+    may_leave: Sequence[bool]
+    context_drafts: Sequence[Sequence[int]]
+    drafts: Sequence[int | None]
 
 
 def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None) -> float:
@@ -190,42 +198,55 @@ class ExitRule:
         if self._penalises:
             shape = (max_resident, self._vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        self._draft_choices: DraftChoices | None = None
+        if exits.kv == "verify" and sampling.temperature > 0:
+            widest = self._k if self._prune_depth == 0 else self._vocab_size
+            num_choices = min(widest, sampling.top_k or widest)
+            self._draft_choices = DraftChoices(
+                max_resident, exits.max_waiting, num_choices, self._device
+            )
 
     def watch(self, seat: int, token_ids: Sequence[int], *, start: bool = False) -> None:
-        """Tell which ids a seat's sequence contains; `start` forgets the seat's last sequence."""
-        if not self._penalises:
+        """Tell which ids stand in a seat's sequence; `start` forgets the seat's last sequence."""
+        if not self._penalises or not token_ids:
             return
         if start:
             self._seen[seat] = False
         self._seen[seat, torch.tensor(token_ids, device=self._device)] = True
 
-    def decide(self, depth: int, states: SegmentOutput, fronts: Fronts) -> Decision:
-        """Decide for each front token whether it leaves after segment `depth`, and as what.
+    def decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> Decision:
+        """Decide for each scored token whether it leaves after segment `depth`, and as what.
 
         Args:
             depth: 0-based exit; at the last one every token leaves.
-            states: [B, E] states of the front tokens.
-            fronts: their seats, steps and numbers.
+            states: [S, E] states of the scored tokens.
+            tokens: what else is known of them.
         """
-        scores, ids, outside = self._scores(depth, states, fronts.seats)
+        seats = torch.tensor(tokens.seats, device=self._device)
+        scores, ids, outside = self._scores(depth, states, seats)
         total = total_lse(scores, outside)
         kind = self._exits.confidence
         trust = confidence(kind, scores, total, outside, self._vocab_size, states)  # [B]
         finite = total.isfinite()
         if self._penalises:
-            seen = self._seen[fronts.seats]
+            seen = self._seen_by(tokens, seats)
             seen = seen if ids is None else seen.gather(1, ids)
             scores = penalise(scores, seen, self._sampling.repetition_penalty)
-        uniforms = torch.tensor(fronts.uniforms, dtype=torch.float32, device=self._device)
-        columns = choose(scores, uniforms, self._sampling)
-        token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
-        leaves = trust > self._bars(depth, fronts.steps)
+        if self._sampling.temperature == 0:
+            columns = first_argmax(scores)
+            token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
+        else:
+            token_ids = self._draw(depth, scores, ids, tokens)
+        leaves = trust > self._bars(depth, tokens.steps)
         columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
         host = torch.stack(columns_out).tolist()  # the one host sync
         return Decision(
             token_ids=[int(token_id) for token_id in host[0]],
             confidences=host[1],
-            leaves=[bool(leave) or depth == self._last for leave in host[2]],
+            leaves=[
+                depth == self._last or (may_leave and bool(leave))
+                for may_leave, leave in zip(tokens.may_leave, host[2], strict=True)
+            ],
             is_finite=[bool(good) for good in host[3]],
         )
 
@@ -249,8 +270,62 @@ class ExitRule:
             scores = self._head.scores(normed).gather(1, ids.long())
         return scores, ids.long(), self._outside[seats]
 
+    def _seen_by(self, tokens: ScoredTokens, seats: torch.Tensor) -> torch.Tensor:
+        """[S, V] bool, the ids up to each token; drafts are no part of what the seats keep."""
+        seen = self._seen[seats]  # a copy
+        pairs = [(row, i) for row, ids in enumerate(tokens.context_drafts) for i in ids]
+        if pairs:
+            rows, ids = torch.tensor(pairs, device=self._device).T
+            seen[rows, ids] = True
+        return seen
+
+    def _draw(
+        self, depth: int, scores: torch.Tensor, ids: torch.Tensor | None, tokens: ScoredTokens
+    ) -> torch.Tensor:
+        """Sampled ids [S]; drafts are judged, and what a new one is drawn from is kept."""
+        found = choices(scores, self._sampling)
+        if ids is not None:
+            found = Choices(found.probabilities, ids.gather(1, found.columns))
+        uniforms = self._uniforms(tokens, range(len(scores)))
+        drawn = found.columns.gather(1, draw(found.probabilities, uniforms)[:, None])[:, 0]
+        store = self._draft_choices
+        if store is None:
+            return drawn
+        if depth < self._last:
+            # Nothing may be kept for one that stays by rule: another draft may have its place.
+            rows = [row for row, may_leave in enumerate(tokens.may_leave) if may_leave]
+            store.store(*self._places(tokens, rows), Choices(*(part[rows] for part in found)))
+            return drawn
+        drafts = {row: draft for row, draft in enumerate(tokens.drafts) if draft is not None}
+        if drafts:
+            rows = list(drafts)
+            drawn[rows] = judge(
+                full=Choices(*(part[rows] for part in found)),
+                drafted=store.load(*self._places(tokens, rows)),
+                drafts=torch.tensor(list(drafts.values()), device=self._device),
+                accept_uniforms=self._uniforms(tokens, rows, "accept"),
+                redraw_uniforms=self._uniforms(tokens, rows, "redraw"),
+                vocab_size=self._vocab_size,
+            )
+        return drawn
+
+    def _places(
+        self, tokens: ScoredTokens, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seats and steps [len(rows)] of some scored tokens."""
+        pairs = [(tokens.seats[row], tokens.steps[row]) for row in rows]
+        seats, steps = torch.tensor(pairs, dtype=torch.int64, device=self._device).view(-1, 2).T
+        return seats, steps
+
+    def _uniforms(
+        self, tokens: ScoredTokens, rows: Sequence[int], purpose: str = ""
+    ) -> torch.Tensor:
+        """Their numbers [len(rows)] in [0, 1]."""
+        numbers = [uniform(tokens.seeds[row], tokens.steps[row], purpose) for row in rows]
+        return torch.tensor(numbers, dtype=torch.float32, device=self._device)
+
     def _bars(self, depth: int, steps: Sequence[int]) -> torch.Tensor:
-        """Threshold [B] float64 of each front token."""
+        """Threshold [S] float32 of each scored token."""
         if depth == self._last:
             return torch.zeros(len(steps), device=self._device)
         limit, decay = self._sampling.max_new_tokens, self._exits.decay

@@ -26,7 +26,7 @@ class PackedTokens:
         token_ids: [N] ids to embed, at depth 0; None deeper, where `slots` tell the hidden states.
         positions: [N] position of each row in its sequence.
         slots: [N] pool slot of each row.
-        front_rows: [B] row of each sequence's front token, in the order of the sequences.
+        scored_rows: [S] rows whose states are asked for, in the order of the sequences.
         project_positions: [W] positions of the tokens that are only projected.
         project_slots: [W] their slots.
         project_rows: [W * num_kv_heads] where their keys/values go, see `KvPool.token_rows`.
@@ -37,7 +37,7 @@ class PackedTokens:
     token_ids: torch.Tensor | None
     positions: torch.Tensor
     slots: torch.Tensor
-    front_rows: torch.Tensor
+    scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
     project_rows: torch.Tensor
@@ -53,10 +53,10 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
     entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
     order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
     rows = _Rows(pool)
-    front_rows = [0] * len(entering)
+    scored_rows = [range(0)] * len(entering)
     for index in order:
-        front_rows[index] = rows.add(*entering[index])
-    return rows.packed(depth, front_rows)
+        scored_rows[index] = rows.add(*entering[index])
+    return rows.packed(depth, [row for scored in scored_rows for row in scored])
 
 
 class _Rows:
@@ -73,8 +73,8 @@ class _Rows:
         self._singles: list[Sequence] = []
         self._ragged: list[RaggedRows] = []
 
-    def add(self, sequence: Sequence, waiting: Waiting) -> int:
-        """Append what one sequence brings; returns its front token's row."""
+    def add(self, sequence: Sequence, waiting: Waiting) -> range:
+        """Append what one sequence brings; returns the rows of its scored positions."""
         pool, start = self._pool, len(self._positions)
         self._positions += waiting.run
         self._slots += [pool.slot(sequence, position) for position in waiting.run]
@@ -89,9 +89,10 @@ class _Rows:
             self._ragged.append(
                 RaggedRows(start, len(self._positions), pool.page_rows(pages), is_fresh)
             )
-        return len(self._positions) - 1
+        stop = len(self._positions)
+        return range(stop - len(waiting.scored), stop)
 
-    def packed(self, depth: int, front_rows: list[int]) -> PackedTokens:
+    def packed(self, depth: int, scored_rows: list[int]) -> PackedTokens:
         """The pack, padded."""
         pool, num_tokens = self._pool, len(self._positions)
         positions, slots = self._padded(self._positions), self._padded(self._slots)
@@ -100,7 +101,7 @@ class _Rows:
             token_ids=self._padded(self._token_ids) if depth == 0 else None,
             positions=positions,
             slots=slots,
-            front_rows=torch.tensor(front_rows, device=self._device),
+            scored_rows=torch.tensor(scored_rows, device=self._device),
             project_positions=self._padded(self._project_positions),
             project_slots=project_slots,
             project_rows=pool.token_rows(project_slots),

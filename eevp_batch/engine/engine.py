@@ -13,13 +13,13 @@ from typing import Protocol
 import torch
 
 from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.exits import Decision, ExitRule, ScoredTokens
+from eevp_batch.engine.exits import Decision, ExitRule
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import Sequence, Settled
+from eevp_batch.engine.sequence import ScoredTokens, Sequence, Settled
 from eevp_batch.engine.stops import StopStrings
 from eevp_batch.errors import (
     EngineStalledError,
@@ -216,13 +216,12 @@ class Engine:
         for sequence in sequences:
             self.pool.grow(sequence)
         tokens = pack(sequences, depth, self.pool)
-        scored = [(s, position) for s in sequences for position in s.waiting(depth).scored]
         states = self._model.run_segment(depth, tokens, self.pool)
-        decision = self._rule.decide(depth, states, _scored_tokens(scored))
+        decision = self._rule.decide(depth, states, ScoredTokens.of(sequences, tokens.scored))
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
         self.stats.packed_tokens += tokens.num_tokens
-        return [*refused, *self._record(depth, sequences, decision)]
+        return [*refused, *self._record(depth, sequences, tokens.scored, decision)]
 
     def _admit(self) -> list[RowFailure]:
         """Make arrivals resident while they fit; those that never will are refused."""
@@ -245,14 +244,14 @@ class Engine:
         return refused
 
     def _record(
-        self, depth: int, sequences: list[Sequence], decision: Decision
+        self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
     ) -> list[Generation | RowFailure]:
         """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
         results: list[Generation | RowFailure] = []
         exit_layer = self._model.exit_layers[depth]
         stop = 0
-        for sequence in sequences:
-            start, stop = stop, stop + len(sequence.waiting(depth).scored)
+        for sequence, positions in zip(sequences, scored, strict=True):
+            start, stop = stop, stop + len(positions)
             if not all(decision.is_finite[start:stop]):
                 error = NonFiniteScoresError(
                     f"scores after layer {exit_layer} are not finite at generated token "
@@ -319,18 +318,6 @@ class Engine:
 def _cost(depth: int, sequence: Sequence) -> int:
     """Packed tokens that a sequence brings into segment `depth`."""
     return len(sequence.waiting(depth).run)
-
-
-def _scored_tokens(scored: list[tuple[Sequence, int]]) -> ScoredTokens:
-    """What exits need to know of (sequence, position)s."""
-    return ScoredTokens(
-        seats=[s.seat for s, _ in scored],
-        seeds=[s.seed for s, _ in scored],
-        steps=[s.step_of(position) for s, position in scored],
-        may_leave=[s.may_leave for s, _ in scored],
-        context_drafts=[s.drafts_until(position) for s, position in scored],
-        drafts=[s.draft_after(position) for s, position in scored],
-    )
 
 
 def _failure(sequence: Sequence, error: RowError) -> RowFailure:

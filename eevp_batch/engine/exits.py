@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch.nn.functional import cosine_similarity
 
-from eevp_batch.engine.drafts import DraftChoices, judge
+from eevp_batch.engine.drafts import Sampler
 from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
-from eevp_batch.engine.sampling import Choices, choices, draw, penalise, uniform
+from eevp_batch.engine.sampling import penalise
 from eevp_batch.engine.segmented_model import SegmentOutput
+from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
@@ -54,27 +55,6 @@ class Decision:
     confidences: list[float]
     leaves: list[bool]
     is_finite: list[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredTokens:
-    """What deciding needs to know about the scored tokens, beside their states; S of each.
-
-    Attributes:
-        seats: rows of the per-seat buffers.
-        seeds: of their generations.
-        steps: numbers of the generated tokens that they would leave as.
-        may_leave: False for a token that stays before the last layer, however sure it is.
-        context_drafts: ids before each token, itself included, that are drafts.
-        drafts: the draft that each has already left as, to be judged; None where there is none.
-    """
-
-    seats: Sequence[int]
-    seeds: Sequence[int]
-    steps: Sequence[int]
-    may_leave: Sequence[bool]
-    context_drafts: Sequence[Sequence[int]]
-    drafts: Sequence[int | None]
 
 
 def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None) -> float:
@@ -198,13 +178,15 @@ class ExitRule:
         if self._penalises:
             shape = (max_resident, self._vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        self._draft_choices: DraftChoices | None = None
-        if exits.kv == "verify" and sampling.temperature > 0:
-            widest = self._k if self._prune_depth == 0 else self._vocab_size
-            num_choices = min(widest, sampling.top_k or widest)
-            self._draft_choices = DraftChoices(
-                max_resident, exits.max_waiting, num_choices, self._device
-            )
+        widest = self._k if self._prune_depth == 0 else self._vocab_size
+        self._sampler = Sampler(
+            sampling=sampling,
+            max_resident=max_resident,
+            max_drafts=exits.max_waiting if exits.kv == "verify" else 0,
+            num_choices=min(widest, sampling.top_k or widest),
+            vocab_size=self._vocab_size,
+            device=self._device,
+        )
 
     def watch(self, seat: int, token_ids: Sequence[int], *, start: bool = False) -> None:
         """Tell which ids stand in a seat's sequence; `start` forgets the seat's last sequence."""
@@ -236,7 +218,7 @@ class ExitRule:
             columns = first_argmax(scores)
             token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
         else:
-            token_ids = self._draw(depth, scores, ids, tokens)
+            token_ids = self._sampler.draw(scores, ids, tokens, is_last=depth == self._last)
         leaves = trust > self._bars(depth, tokens.steps)
         columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
         host = torch.stack(columns_out).tolist()  # the one host sync
@@ -278,51 +260,6 @@ class ExitRule:
             rows, ids = torch.tensor(pairs, device=self._device).T
             seen[rows, ids] = True
         return seen
-
-    def _draw(
-        self, depth: int, scores: torch.Tensor, ids: torch.Tensor | None, tokens: ScoredTokens
-    ) -> torch.Tensor:
-        """Sampled ids [S]; drafts are judged, and what a new one is drawn from is kept."""
-        found = choices(scores, self._sampling)
-        if ids is not None:
-            found = Choices(found.probabilities, ids.gather(1, found.columns))
-        uniforms = self._uniforms(tokens, range(len(scores)))
-        drawn = found.columns.gather(1, draw(found.probabilities, uniforms)[:, None])[:, 0]
-        store = self._draft_choices
-        if store is None:
-            return drawn
-        if depth < self._last:
-            # Nothing may be kept for one that stays by rule: another draft may have its place.
-            rows = [row for row, may_leave in enumerate(tokens.may_leave) if may_leave]
-            store.store(*self._places(tokens, rows), Choices(*(part[rows] for part in found)))
-            return drawn
-        drafts = {row: draft for row, draft in enumerate(tokens.drafts) if draft is not None}
-        if drafts:
-            rows = list(drafts)
-            drawn[rows] = judge(
-                full=Choices(*(part[rows] for part in found)),
-                drafted=store.load(*self._places(tokens, rows)),
-                drafts=torch.tensor(list(drafts.values()), device=self._device),
-                accept_uniforms=self._uniforms(tokens, rows, "accept"),
-                redraw_uniforms=self._uniforms(tokens, rows, "redraw"),
-                vocab_size=self._vocab_size,
-            )
-        return drawn
-
-    def _places(
-        self, tokens: ScoredTokens, rows: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seats and steps [len(rows)] of some scored tokens."""
-        pairs = [(tokens.seats[row], tokens.steps[row]) for row in rows]
-        seats, steps = torch.tensor(pairs, dtype=torch.int64, device=self._device).view(-1, 2).T
-        return seats, steps
-
-    def _uniforms(
-        self, tokens: ScoredTokens, rows: Sequence[int], purpose: str = ""
-    ) -> torch.Tensor:
-        """Their numbers [len(rows)] in [0, 1]."""
-        numbers = [uniform(tokens.seeds[row], tokens.steps[row], purpose) for row in rows]
-        return torch.tensor(numbers, dtype=torch.float32, device=self._device)
 
     def _bars(self, depth: int, steps: Sequence[int]) -> torch.Tensor:
         """Threshold [S] float32 of each scored token."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -26,7 +27,8 @@ class PackedTokens:
         token_ids: [N] ids to embed, at depth 0; None deeper, where `slots` tell the hidden states.
         positions: [N] position of each row in its sequence.
         slots: [N] pool slot of each row.
-        scored_rows: [S] rows whose states are asked for, in the order of the sequences.
+        scored: positions whose states are asked for, by sequence; S in all.
+        scored_rows: [S] their rows, in the same order.
         project_positions: [W] positions of the tokens that are only projected.
         project_slots: [W] their slots.
         project_rows: [W * num_kv_heads] where their keys/values go, see `KvPool.token_rows`.
@@ -37,6 +39,7 @@ class PackedTokens:
     token_ids: torch.Tensor | None
     positions: torch.Tensor
     slots: torch.Tensor
+    scored: list[range]
     scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
@@ -56,7 +59,7 @@ def pack(sequences: SequenceOf[Sequence], depth: int, pool: KvPool) -> PackedTok
     scored_rows = [range(0)] * len(entering)
     for index in order:
         scored_rows[index] = rows.add(*entering[index])
-    return rows.packed(depth, [row for scored in scored_rows for row in scored])
+    return rows.packed(depth, [waiting.scored for _, waiting in entering], scored_rows)
 
 
 class _Rows:
@@ -92,7 +95,7 @@ class _Rows:
         stop = len(self._positions)
         return range(stop - len(waiting.scored), stop)
 
-    def packed(self, depth: int, scored_rows: list[int]) -> PackedTokens:
+    def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
         pool, num_tokens = self._pool, len(self._positions)
         positions, slots = self._padded(self._positions), self._padded(self._slots)
@@ -101,7 +104,8 @@ class _Rows:
             token_ids=self._padded(self._token_ids) if depth == 0 else None,
             positions=positions,
             slots=slots,
-            scored_rows=torch.tensor(scored_rows, device=self._device),
+            scored=scored,
+            scored_rows=torch.tensor([*chain(*scored_rows)], device=self._device),
             project_positions=self._padded(self._project_positions),
             project_slots=project_slots,
             project_rows=pool.token_rows(project_slots),

@@ -6,6 +6,7 @@ Knows positions and counts; touches no tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from eevp_batch.records import Prompt, TokenExit
@@ -207,3 +208,39 @@ class Sequence:
         self.finish_reason = None
         del self.exits[-count:], self.token_ids[-count:]
         self.filled = [min(seen, len(self.token_ids)) for seen in self.filled]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """What deciding needs to know about the scored tokens, beside their states; S of each.
+
+    Attributes:
+        seats: rows of the per-seat buffers.
+        seeds: of their generations.
+        steps: numbers of the generated tokens that they would leave as.
+        may_leave: False for a token that stays before the last layer, however sure it is.
+        context_drafts: ids before each token, itself included, that are drafts.
+        drafts: the draft that each has already left as, to be judged; None where there is none.
+    """
+
+    seats: SequenceOf[int]
+    seeds: SequenceOf[int]
+    steps: SequenceOf[int]
+    may_leave: SequenceOf[bool]
+    context_drafts: SequenceOf[SequenceOf[int]]
+    drafts: SequenceOf[int | None]
+
+    @classmethod
+    def of(cls, sequences: SequenceOf[Sequence], scored: SequenceOf[range]) -> ScoredTokens:
+        """The tokens at the scored positions of each sequence, in order."""
+        pairs = [
+            (s, at) for s, positions in zip(sequences, scored, strict=True) for at in positions
+        ]
+        return cls(
+            seats=[s.seat for s, _ in pairs],
+            seeds=[s.seed for s, _ in pairs],
+            steps=[s.step_of(at) for s, at in pairs],
+            may_leave=[s.may_leave for s, _ in pairs],
+            context_drafts=[s.drafts_until(at) for s, at in pairs],
+            drafts=[s.draft_after(at) for s, at in pairs],
+        )

@@ -1,4 +1,4 @@
-"""Sampled drafts: whatever they were drawn from, the outcome is distributed as full depth has it."""
+"""Sampled drafts: whatever they were drawn from, what comes out is distributed as at full depth."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ END_ID = 1
 
 def random_choices(seed: int, sampling: SamplingSpec) -> Choices:
     """What a token is drawn from by random scores."""
-    return choices(
-        torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * 1.5, sampling
-    )
+    return choices(torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * 1.5, sampling)
 
 
 def dense(found: Choices) -> torch.Tensor:

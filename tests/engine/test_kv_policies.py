@@ -14,15 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.load import build_engine
 from eevp_batch.engine.sequence import Sequence
-from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.records import Generation, Prompt
-from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
+from eevp_batch.spec import SamplingSpec
 from tests.engine.conftest import load_model, make_engine, oracle, run
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
 
@@ -277,18 +275,3 @@ def test_verify_ends_where_full_depth_ends(
         assert found[key].token_ids == generation.token_ids
         assert found[key].text == generation.text
         assert found[key].finish_reason == generation.finish_reason
-
-
-# --- the demo model ------------------------------------------------------------------------------
-
-DEMO_TOKENS = 32
-DEMO_LAYERS = [20, 25]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("max_waiting", [4])
-def test_verify_on_the_demo_model_equals_greedy_generation(
-    demo_model_path: Path, max_waiting: int
-) -> None:
-    ...

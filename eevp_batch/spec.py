@@ -221,6 +221,8 @@ class EngineSpec(_Section):
         Auto | Count, BeforeValidator(_size), Allowed("auto, or a size such as 2GiB or 512MiB")
     ] = "auto"
     """Memory for keys and values, in bytes or as `2GiB`; a share of what is free."""
+    prefix_sharing: bool = True
+    """Whether a beginning that many prompts share is computed once."""
 
 
 class ClusterSpec(_Section):

@@ -60,6 +60,14 @@ class DepthQueues(Generic[T]):
         """Append to the queue of `depth`; the caller makes sure it stands in no other."""
         self._queues[depth].append((self._now, sequence))
 
+    def remove(self, sequence: T) -> None:
+        """Take a sequence out of the queue that it stands in."""
+        for queue in self._queues:
+            for entry in queue:
+                if entry[1] is sequence:
+                    queue.remove(entry)
+                    return
+
     def pop(self, cost: Callable[[int, T], int]) -> Batch[T] | None:
         """Take the next batch, or None when nobody waits.
 

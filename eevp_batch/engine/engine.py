@@ -5,6 +5,8 @@ The queues decide, the model computes, the engine introduces them.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +16,10 @@ import torch
 
 from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.exits import Decision, ExitRule
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
+from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
 from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import ScoredTokens, Sequence, Settled
@@ -30,6 +33,10 @@ from eevp_batch.errors import (
 )
 from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
 from eevp_batch.spec import ExitSpec, SamplingSpec
+
+EXPECT_AFTER = 32
+"""Finished generations after which their mean length tells how much memory the next will need."""
+EXPECT_MARGIN = 1.5
 
 
 class Detokenizer(Protocol):
@@ -46,6 +53,8 @@ class EngineStats:
     Attributes:
         steps, rows: segment runs and the sequences in them, by depth.
         packed_tokens: tokens that went through a segment, prompts included.
+        shared_tokens: prompt tokens whose keys/values another row had left.
+        restarts: how often a sequence had to start again because memory ran out.
         exit_histogram: emitted tokens by exit layer; a draft counts once it stands.
         accepted_drafts, rejected_drafts: under `verify`, judgements of the last layer on drafts, by
             the layer that these left after: how often each exit agrees with full depth. A draft
@@ -55,6 +64,8 @@ class EngineStats:
     steps: Counter[int] = field(default_factory=Counter)
     rows: Counter[int] = field(default_factory=Counter)
     packed_tokens: int = 0
+    shared_tokens: int = 0
+    restarts: int = 0
     finished: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
     accepted_drafts: Counter[int] = field(default_factory=Counter)
@@ -125,11 +136,15 @@ class Engine:
             max_pages=limits.max_pages,
             dtype=model.dtype,
             device=model.device,
+            hidden_dtype=model.layers.hidden_dtype,
+            by_lane=model.layers.by_lane,
         )
+        self.prefixes = Prefixes(self.pool)
         self.queues: DepthQueues[Sequence] = DepthQueues(
             model.num_segments, limits.max_batch, limits.max_tokens, limits.age_cap
         )
         self._arrivals: deque[Sequence] = deque()
+        self._residents: dict[int, Sequence] = {}  # by seat, the last admitted one last
         self.encode: Callable[[str], list[int]] | None = None
         self.stats = EngineStats()
 
@@ -187,6 +202,7 @@ class Engine:
                     yield RowFailure(row[0], type(error).__name__, str(error))
             if not self.is_idle:
                 yield from self.step()
+        self.prefixes.clear()
 
     def _prompt(self, number: int, prompt: Prompt | str) -> Prompt:
         if isinstance(prompt, Prompt):
@@ -213,15 +229,16 @@ class Engine:
                 )
             return list(refused)
         depth, sequences = batch
-        for sequence in sequences:
-            self.pool.grow(sequence)
-        tokens = pack(sequences, depth, self.pool)
+        sequences = self._grow(sequences)
+        tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
         states = self._model.run_segment(depth, tokens, self.pool)
         decision = self._rule.decide(depth, states, ScoredTokens.of(sequences, tokens.scored))
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
         self.stats.packed_tokens += tokens.num_tokens
         return [*refused, *self._record(depth, sequences, tokens.scored, decision)]
+
+    # --- who is resident -------------------------------------------------------------------------
 
     def _admit(self) -> list[RowFailure]:
         """Make arrivals resident while they fit; those that never will are refused."""
@@ -234,14 +251,84 @@ class Engine:
                     f"do not fit the {self.pool.max_positions} that keys and values have room for"
                 )
                 refused.append(_failure(self._arrivals.popleft(), error))
-            elif self.pool.can_admit(sequence):
+            elif self._seat(sequence):
                 self._arrivals.popleft()
-                self.pool.admit(sequence)
-                self._rule.watch(sequence.seat, sequence.token_ids, start=True)
-                self.queues.push(0, sequence)
             else:
                 break
         return refused
+
+    def _seat(self, sequence: Sequence) -> bool:
+        """Make a sequence resident, with the prefix that it shares; False when it does not fit."""
+        if not self.pool.num_free_seats:
+            return False
+        if self._limits.shares_prefixes:
+            waiting = list(itertools.islice(self._arrivals, 1, 1 + LOOK_AHEAD))
+            self._make_prefix(sequence, self.prefixes.worth_making(sequence, waiting))
+        expected = sequence.num_prompt + self._expected_new - 1
+        shared, num_shared = self.prefixes.best(sequence)
+        while not self.pool.can_admit(expected, num_shared):
+            if not self.prefixes.evict():
+                return False
+            shared, num_shared = self.prefixes.best(sequence)
+        self.pool.admit(sequence, expected, shared, num_shared)
+        self.stats.shared_tokens += num_shared
+        self._residents[sequence.seat] = sequence
+        self._rule.watch(sequence.seat, sequence.token_ids, start=True)
+        self.queues.push(0, sequence)
+        return True
+
+    @property
+    def _expected_new(self) -> int:
+        """Tokens to promise memory for: what generations so far had, with a margin."""
+        limit = self._sampling.max_new_tokens
+        if self.stats.finished < EXPECT_AFTER:
+            return limit
+        mean = self.stats.tokens / self.stats.finished
+        return min(limit, math.ceil(EXPECT_MARGIN * mean) + PAGE_SIZE)
+
+    def _make_prefix(self, sequence: Sequence, length: int) -> None:
+        """Compute the first `length` tokens of a prompt at every depth and keep them."""
+        token_ids = sequence.token_ids[:length]
+        if not length or not self.prefixes.has_room:
+            return
+        prefix = Sequence(Prompt("", token_ids), self._model.num_segments, 1, 0)
+        shared, num_shared = self.prefixes.best(prefix)
+        if not self.pool.can_admit(length, num_shared):
+            return
+        self.pool.seat_prefix(prefix, shared, num_shared)
+        for depth in range(self._model.num_segments):
+            tokens = pack([prefix], depth, self.pool, self._model.layers.row_multiple)
+            self._model.run_segment(depth, tokens, self.pool)
+            prefix.mark_filled(depth)
+            self.stats.packed_tokens += tokens.num_tokens
+        self.prefixes.keep(token_ids, self.pool.unseat_prefix(prefix))
+
+    def _grow(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Allocate pages up to the fronts; where they run out, the youngest residents start again.
+
+        The oldest resident is never the one to go while there is another, so somebody always gets
+        on; who starts again comes out the same, only later.
+        """
+        for sequence in sequences:
+            while sequence.seat >= 0 and not self.pool.grow(sequence):
+                if not self.prefixes.evict():
+                    self._restart(next(reversed(self._residents.values())))
+        return [sequence for sequence in sequences if sequence.seat >= 0]
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Send a resident sequence back to its prompt and to the head of the arrivals."""
+        self.queues.remove(sequence)
+        self._leave(sequence)
+        sequence.restart()
+        self._arrivals.appendleft(sequence)
+        self.stats.restarts += 1
+
+    def _leave(self, sequence: Sequence, *, scrub: bool = False) -> None:
+        """Take back what a resident sequence holds."""
+        del self._residents[sequence.seat]
+        self.pool.release(sequence, scrub=scrub)
+
+    # --- what becomes of a batch -----------------------------------------------------------------
 
     def _record(
         self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
@@ -258,7 +345,7 @@ class Engine:
                     f"{sequence.num_generated}"
                 )
                 results.append(_failure(sequence, error))
-                self.pool.release(sequence, scrub=True)
+                self._leave(sequence, scrub=True)
             elif not decision.leaves[stop - 1]:
                 sequence.mark_filled(depth)
                 self.queues.push(depth + 1, sequence)
@@ -267,10 +354,10 @@ class Engine:
                     TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
                     for row in range(start, stop)
                 ]
-                results += self._leave(depth, sequence, exits)
+                results += self._settle(depth, sequence, exits)
         return results
 
-    def _leave(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
+    def _settle(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
         """Let the front token leave; the generation goes on, has its end judged, or is finished."""
         settled = sequence.leave(depth, exits)
         self.stats.count(settled)
@@ -307,7 +394,7 @@ class Engine:
             num_layers=self._model.num_layers,
             tag=sequence.prompt.tag,
         )
-        self.pool.release(sequence)
+        self._leave(sequence)
         self.stats.finished += 1
         return generation
 

@@ -30,6 +30,7 @@ class Limits:
         max_tokens: packed tokens per segment run, prompts included.
         num_pages: pages of the KV pool.
         max_pages: pages of the longest sequence.
+        shares_prefixes: whether prompt beginnings that rows share are computed once.
         age_cap: steps after which waiting outweighs a full batch.
     """
 
@@ -38,13 +39,14 @@ class Limits:
     max_tokens: int
     num_pages: int
     max_pages: int
+    shares_prefixes: bool = True
     age_cap: int = AGE_CAP_STEPS
 
 
 def page_bytes(model: SegmentedModel) -> int:
     """Bytes of one page: keys, values and the hidden state of `PAGE_SIZE` tokens."""
-    kv_width = 2 * model.num_layers * model.num_kv_heads * model.head_size
-    return PAGE_SIZE * (kv_width + model.hidden_size) * model.dtype.itemsize
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * model.dtype.itemsize
+    return PAGE_SIZE * (kv_bytes + model.hidden_size * model.layers.hidden_dtype.itemsize)
 
 
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
@@ -77,6 +79,7 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
         max_tokens=max(AUTO_TOKENS[kind], max_batch),
         num_pages=num_pages,
         max_pages=max_pages,
+        shares_prefixes=engine.prefix_sharing,
     )
 
 

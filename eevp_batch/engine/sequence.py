@@ -82,6 +82,7 @@ class Sequence:
         self.exits: list[TokenExit] = []
         self.filled = [0] * num_segments
         self.pages: list[int] = []
+        self.promised = 0  # pages that it counts on and does not have yet
         self.seat = -1
         self.finish_reason: str | None = None
 
@@ -160,6 +161,17 @@ class Sequence:
         """Ids of the drafts up to `position`: what stands there only as long as they do."""
         first = len(self.token_ids) - self.num_drafts
         return self.token_ids[first : position + 1]
+
+    def share(self, num_positions: int) -> None:
+        """The first so many positions are in every segment's keys/values already."""
+        self.filled = [num_positions] * len(self.filled)
+
+    def restart(self) -> None:
+        """Forget everything but the prompt; what follows comes out the same."""
+        del self.token_ids[self.num_prompt :]
+        self.exits.clear()
+        self.finish_reason = None  # of an end that was still a draft
+        self.share(0)
 
     def mark_filled(self, depth: int) -> None:
         """Segment `depth` has now seen every position up to the front."""

@@ -28,11 +28,7 @@ def watch_releases(pool: KvPool, seen: list[tuple[Sequence, list[Any]]]) -> None
     def copying(sequence: Sequence, *, scrub: bool = False) -> None:
         count = sequence.filled[-1]
         slots = torch.tensor([pool.slot(sequence, position) for position in range(count)])
-        rows = pool.token_rows(slots)
-        kept = [
-            (pool.keys[i][rows].view(count, -1), pool.values[i][rows].view(count, -1))
-            for i in range(6)
-        ]
+        kept = [[part.view(count, -1) for part in pool.tokens(i, slots)] for i in range(6)]
         seen.append((sequence, kept))
         release(sequence, scrub=scrub)
 
@@ -167,8 +163,9 @@ def test_long_prompts_over_the_token_limit_of_a_step(tiny_llama: Path) -> None:
 
 def test_a_step_that_runs_nothing_while_work_remains_is_an_error(tiny_llama: Path) -> None:
     engine = make_engine(tiny_llama)
-    engine.pool.admit(Sequence(Prompt("squatter", [5] * 200), 1, 20, 0))
-    engine.pool._reserved = engine.pool.num_pages  # a leak, as a bug would leave it
+    squatter = Sequence(Prompt("squatter", [5] * 200), 1, 20, 0)
+    engine.pool.admit(squatter, 219, [])
+    engine.pool._num_promised = engine.pool.num_pages  # a leak, as a bug would leave it
     engine.add(Prompt("waits for ever", [5, 6, 7]))
     with pytest.raises(EngineStalledError, match="1 sequences wait"):
         engine.step()

@@ -57,7 +57,6 @@ def full_forward(
 def watch_releases(engine: Engine, seen: list[tuple[Sequence, list[Any]]]) -> None:
     """Copy each sequence's keys/values, by layer, just before its pages go back."""
     pool, release = engine.pool, engine.pool.release
-    width = pool.num_kv_heads * pool.keys[0].shape[-1]
     depth_of = [
         next(d for d, exit in enumerate(engine._model.exit_layers) if index < exit)
         for index in range(NUM_LAYERS)
@@ -68,9 +67,8 @@ def watch_releases(engine: Engine, seen: list[tuple[Sequence, list[Any]]]) -> No
         for index in range(NUM_LAYERS):
             count = sequence.filled[depth_of[index]]
             slots = [KvPool.slot(sequence, position) for position in range(count)]
-            rows = pool.token_rows(torch.tensor(slots, dtype=torch.int64))
-            stores = (pool.keys[index], pool.values[index])
-            kept.append(tuple(store[rows].view(count, width) for store in stores))
+            parts = pool.tokens(index, torch.tensor(slots, dtype=torch.int64))
+            kept.append([part.flatten(1) for part in parts])
         seen.append((sequence, kept))
         release(sequence, scrub=scrub)
 

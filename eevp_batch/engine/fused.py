@@ -169,7 +169,7 @@ class FusedLayers:
             layer = self._layers[index]
             normed = self._norm(hidden, delta, layer.input_norm, "normed")
             if index == indices[-1]:
-                before = hidden.index_select(0, tokens.front_rows)
+                before = hidden.index_select(0, tokens.scored_rows)
             mixed = self._attend(layer, index, normed, attention, pool)
             normed = self._norm(hidden, layer.out(mixed), layer.middle_norm, "normed")
             delta = layer.down(self._silu_mul(layer.gate_up(normed)))

@@ -67,7 +67,7 @@ class ModuleLayers:
                 pool.write(index, tokens.project_slots, key, value)
             before = hidden
             hidden = self._layers[index](before[None], position_embeddings=rotary, layout=layout)[0]
-        return hidden, before.index_select(0, tokens.front_rows)
+        return hidden, before.index_select(0, tokens.scored_rows)
 
     def project(
         self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class PackedTokens:
         token_ids: [N] ids to embed, at depth 0; None deeper, where `slots` tell the hidden states.
         positions: [N] position of each row in its sequence.
         slots: [N] pool slot of each row.
-        front_rows: [B] row of each sequence's front token, in the order of the sequences.
+        scored: positions whose states are asked for, by sequence; S in all.
+        scored_rows: [S] their rows, in the same order.
         project_positions: [W] positions of the tokens that are only projected.
         project_slots: [W] their slots.
         spans: the rows of each sequence; those with a single row come first.
@@ -51,7 +53,8 @@ class PackedTokens:
     token_ids: torch.Tensor | None
     positions: torch.Tensor
     slots: torch.Tensor
-    front_rows: torch.Tensor
+    scored: list[range]
+    scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
     spans: list[Span]
@@ -79,10 +82,10 @@ def pack(
     entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
     order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
     rows = _Rows(pool.page_table.device, row_multiple)
-    front_rows = [0] * len(entering)
+    scored_rows = [range(0)] * len(entering)
     for index in order:
-        front_rows[index] = rows.add(*entering[index])
-    return rows.packed(depth, front_rows)
+        scored_rows[index] = rows.add(*entering[index])
+    return rows.packed(depth, [waiting.scored for _, waiting in entering], scored_rows)
 
 
 class _Rows:
@@ -97,8 +100,8 @@ class _Rows:
         self._project_slots: list[int] = []
         self._spans: list[Span] = []
 
-    def add(self, sequence: Sequence, waiting: Waiting) -> int:
-        """Append what one sequence brings; returns its front token's row."""
+    def add(self, sequence: Sequence, waiting: Waiting) -> range:
+        """Append what one sequence brings; returns the rows of its scored positions."""
         start, run = len(self._positions), waiting.run
         self._positions += run
         self._slots += _slots(sequence.pages, run)
@@ -110,15 +113,16 @@ class _Rows:
         pages = sequence.pages[: run[-1] // PAGE_SIZE + 1]
         is_fresh = len(run) == run[-1] + 1
         self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh))
-        return stop - 1
+        return range(stop - len(waiting.scored), stop)
 
-    def packed(self, depth: int, front_rows: list[int]) -> PackedTokens:
+    def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
         return PackedTokens(
             token_ids=self._padded(self._token_ids) if depth == 0 else None,
             positions=self._padded(self._positions),
             slots=self._padded(self._slots),
-            front_rows=torch.tensor(front_rows, device=self._device),
+            scored=scored,
+            scored_rows=torch.tensor([*chain(*scored_rows)], device=self._device),
             project_positions=self._padded(self._project_positions),
             project_slots=self._padded(self._project_slots),
             spans=self._spans,

@@ -29,11 +29,11 @@ REFUSED_ROPE_TYPES = ("dynamic", "longrope")
 
 
 class SegmentOutput(NamedTuple):
-    """States of the front tokens after a segment.
+    """States of the scored tokens after a segment; under most KV policies the front tokens.
 
     Attributes:
-        hidden: [B, E] after the segment's last layer.
-        before: [B, E] before that layer.
+        hidden: [S, E] after the segment's last layer.
+        before: [S, E] before that layer.
     """
 
     hidden: torch.Tensor
@@ -117,7 +117,7 @@ class SegmentedModel:
         when a deeper segment could ask for them.
 
         Returns:
-            The front tokens' states, [B, E] each, in the order of the pack's sequences.
+            The scored tokens' states, [S, E] each, in the order of the pack's sequences.
         """
         if tokens.token_ids is not None:
             hidden = self.layers.embed(tokens.token_ids)  # [N, E]
@@ -127,7 +127,7 @@ class SegmentedModel:
         if depth + 1 < self.num_segments:
             real = slice(tokens.num_tokens)
             pool.hidden.index_copy_(0, tokens.slots[real], hidden[real])
-        return SegmentOutput(hidden.index_select(0, tokens.front_rows), before)
+        return SegmentOutput(hidden.index_select(0, tokens.scored_rows), before)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""

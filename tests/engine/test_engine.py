@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from eevp_batch.engine.engine import EXPECT_AFTER
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.load import load
+from eevp_batch.engine.residents import EXPECT_AFTER
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
@@ -78,14 +78,16 @@ def test_skipped_layers_hold_projections_of_the_exit_state(
     assert num_checked > 50, "the threshold must let tokens leave and others go deep after them"
 
 
-def test_nan_in_one_row_is_its_own_error(tiny_llama: Path, prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
+def test_nan_in_one_row_is_its_own_error(tiny_llama: Path, prompts: list[Prompt], kv: str) -> None:
     """A row whose scores are NaN fails alone, also for those who get its pages next."""
     model = load_model(tiny_llama)
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_ID] = torch.nan
     limits = {"max_resident": 4}
     clean = [Prompt(p.row_id, [min(i, NAN_ID - 1) for i in p.token_ids]) for p in prompts]
-    healthy = make_engine(tiny_llama, layers=[2, 4], max_batch=4, limits=limits, model=model)
+    exits = {"layers": [2, 4], "kv": kv}
+    healthy = make_engine(tiny_llama, max_batch=4, limits=limits, model=model, **exits)
     expected = run(healthy, clean)
     poisoned = [Prompt(f"bad-{row}", [5, NAN_ID, *range(10, 40)]) for row in range(6)]
     mixed = [prompt for pair in zip(clean, poisoned * 4, strict=True) for prompt in pair]
@@ -177,8 +179,11 @@ def test_k_smaller_than_the_ids_always_kept_is_refused(tiny_llama: Path) -> None
         make_engine(tiny_llama, layers=[2], top_k=2, model=model)
 
 
+@pytest.mark.parametrize(
+    ("kv", "num_prompts"), [("propagate", 24), ("recompute", 7), ("verify", 7)]
+)
 def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
-    tiny_llama: Path, prompts: list[Prompt]
+    tiny_llama: Path, prompts: list[Prompt], kv: str, num_prompts: int
 ) -> None:
     """Rounding is coarse there, so near is not enough: it would show in the tokens.
 
@@ -187,12 +192,14 @@ def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
     settings = {
         "layers": [2, 4],
         "threshold": 0.35,
+        "kv": kv,
         "sampling": SamplingSpec(max_new_tokens=100),
     }
 
     def batches_of(size: int) -> dict[Any, Generation]:
         model = load_model(tiny_llama).bfloat16()
-        return run(make_engine(tiny_llama, model=model, max_batch=size, **settings), prompts)
+        engine = make_engine(tiny_llama, model=model, max_batch=size, **settings)
+        return run(engine, prompts[:num_prompts])
 
     mixed = batches_of(12)
     for size in (1, 2):

@@ -138,10 +138,8 @@ def add_quality(
             kept[name]["mean_log_probability"] = found
 
 
-def find_reference(systems: dict[str, Running], path: Path | None, limit: int) -> Outputs | None:
-    """Greedy float32 outputs of transformers: of this run, else of an earlier one's file."""
-    if REFERENCE in systems:
-        return systems[REFERENCE].outputs
+def read_reference(path: Path | None, limit: int) -> Outputs | None:
+    """Greedy float32 outputs of transformers from an earlier run's file, where one is named."""
     if path is None:
         return None
     found: Outputs = json.loads(path.read_text(encoding="utf-8"))[REFERENCE]
@@ -212,10 +210,12 @@ def main() -> None:
         chosen.vllm_python, chosen.openvino_python, chosen.openvino_model, chosen.rival_kv_gib
     )
     request = make_request(chosen)
+    reference = read_reference(chosen.reference, len(request["prompts"]))
     names = chosen_systems(chosen, rivals)
     systems = run_rounds(names, request, rivals, chosen.rounds)
     kept = {name: figures(system, systems) for name, system in systems.items()}
-    reference = find_reference(systems, chosen.reference, len(request["prompts"]))
+    if REFERENCE in systems:
+        reference = systems[REFERENCE].outputs
     judge = None if chosen.no_log_probability else Judge(chosen.model, chosen.threads)
     add_quality(kept, systems, request["prompts"], reference, judge)
     about = {

@@ -138,14 +138,17 @@ def add_quality(
             kept[name]["mean_log_probability"] = found
 
 
-def read_reference(path: Path | None, limit: int) -> Outputs | None:
-    """Greedy float32 outputs of transformers from an earlier run's file, where one is named."""
+def read_reference(path: Path | None, limit: int, max_new_tokens: int) -> Outputs | None:
+    """Greedy float32 outputs of transformers from an earlier run's file, where one is named.
+
+    That run must have allowed at least as many new tokens; greedy outputs of fewer are their heads.
+    """
     if path is None:
         return None
     found: Outputs = json.loads(path.read_text(encoding="utf-8"))[REFERENCE]
     if len(found) < limit:
         raise SystemExit(f"--reference: {path} holds {len(found)} rows, this run has {limit}")
-    return found[:limit]
+    return [ids[:max_new_tokens] for ids in found[:limit]]
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:
@@ -210,7 +213,7 @@ def main() -> None:
         chosen.vllm_python, chosen.openvino_python, chosen.openvino_model, chosen.rival_kv_gib
     )
     request = make_request(chosen)
-    reference = read_reference(chosen.reference, len(request["prompts"]))
+    reference = read_reference(chosen.reference, len(request["prompts"]), chosen.max_new_tokens)
     names = chosen_systems(chosen, rivals)
     systems = run_rounds(names, request, rivals, chosen.rounds)
     kept = {name: figures(system, systems) for name, system in systems.items()}

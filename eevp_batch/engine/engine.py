@@ -185,6 +185,8 @@ class Engine:
                 )
             return [*refused]
         depth, sequences = batch
+        if depth == 0:
+            self._residents.entered()
         sequences = self._residents.grow(sequences)
         tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
         states = self._model.run_segment(depth, tokens, self.pool)

@@ -15,6 +15,7 @@ from eevp_batch.spec import EngineSpec
 
 AUTO_BATCH = {"cpu": 192, "cuda": 256}
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
+STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
 AUTO_DEVICE_SHARE = 0.85
 AGE_CAP_STEPS = 256
@@ -30,6 +31,7 @@ class Limits:
         max_resident: sequences in memory; more than a batch when there are exits, so that a full
             batch can gather at each depth.
         max_tokens: packed tokens per segment run, prompts included.
+        step_tokens: rows to which new prompts fill up a run of the first segment.
         num_pages: pages of the KV pool.
         max_pages: pages of the longest sequence.
         shares_prefixes: whether prompt beginnings that rows share are computed once.
@@ -40,6 +42,7 @@ class Limits:
     full_batch: int
     max_resident: int
     max_tokens: int
+    step_tokens: int
     num_pages: int
     max_pages: int
     shares_prefixes: bool = True
@@ -83,6 +86,7 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
         full_batch=full,
         max_resident=max_resident,
         max_tokens=max(AUTO_TOKENS[kind], max_batch),
+        step_tokens=max(STEP_TOKENS[kind], max_batch),
         num_pages=num_pages,
         max_pages=max_pages,
         shares_prefixes=engine.prefix_sharing,

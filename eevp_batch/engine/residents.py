@@ -77,12 +77,18 @@ class Residents:
         )
         self.prefixes = Prefixes(self.pool)
         self.arrivals: deque[Sequence] = deque()
+        self._step_tokens = limits.step_tokens
+        self._entering = 0  # prompt tokens that wait for the first segment
         self._by_seat: dict[int, Sequence] = {}  # the last admitted one last
 
     def admit(self) -> list[tuple[Sequence, PromptTooLongError]]:
-        """Make arrivals resident while they fit; returns those that never will."""
+        """Make arrivals resident while they fit; returns those that never will.
+
+        Prompts come in a few at a time, so that the next run of the first segment has `step_tokens`
+        rows: more would hold up those who are generating already and make a row no cheaper.
+        """
         refused: list[tuple[Sequence, PromptTooLongError]] = []
-        while self.arrivals:
+        while self.arrivals and self._entering + self._queues.lengths[0] < self._step_tokens:
             sequence = self.arrivals[0]
             if not self.pool.can_ever_hold(sequence):
                 error = PromptTooLongError(
@@ -92,9 +98,14 @@ class Residents:
                 refused.append((self.arrivals.popleft(), error))
             elif self._seat(sequence):
                 self.arrivals.popleft()
+                self._entering += sequence.num_prompt - sequence.filled[0]
             else:
                 break
         return refused
+
+    def entered(self) -> None:
+        """The first segment runs: who was admitted is on the way."""
+        self._entering = 0
 
     def grow(self, sequences: list[Sequence]) -> list[Sequence]:
         """Allocate pages up to the fronts; where they run out, the youngest residents start again.

@@ -17,6 +17,7 @@ from eevp_batch.engine.exits import Decision, ExitRule, Fronts
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
+from eevp_batch.engine.proposals import Proposal
 from eevp_batch.engine.sampling import generation_seed, uniform
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Sequence
@@ -72,6 +73,7 @@ class Engine:
         prune_layer: the exit layer that cuts the vocabulary; None turns pruning off.
         end_ids: ids that end a generation.
         limits: what fits.
+        proposal: proposes the ids to keep; None: the head itself.
 
     Attributes:
         encode: token ids of a string prompt; None where prompts come as token ids only.
@@ -88,6 +90,7 @@ class Engine:
         prune_layer: int | None,
         end_ids: frozenset[int],
         limits: Limits,
+        proposal: Proposal | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._sampling, self._end_ids, self._limits = sampling, end_ids, limits
@@ -101,6 +104,7 @@ class Engine:
             always_kept=sorted(end_ids),
             max_resident=limits.max_resident,
             max_batch=limits.max_batch,
+            proposal=proposal,
         )
         self.pool = KvPool(
             num_pages=limits.num_pages,

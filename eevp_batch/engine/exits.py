@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,21 @@ from typing import Protocol
 import torch
 from torch.nn.functional import cosine_similarity
 
-from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
+from eevp_batch.engine.proposals import Proposal
+from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.sampling import choose, penalise
+from eevp_batch.engine.score_summary import ScoreSummary, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
-GATHER_LIMIT = 0.5
+GATHER_LIMIT = 1.0
 """Rows of the head are gathered per token while B * K stays below this share of V, counted at the
-largest batch: beyond it a dense product over V is no dearer (measured: 64 rows, V = 49,152, K = 256
-cost 4.5 ms gathered and 14 ms dense, K = 1024 cost 48 ms). Never by the batch at hand, so that a
-row's scores are computed the same way whoever its batch mates are."""
+largest batch: beyond it a dense product over V is no dearer (64 rows, V = 49,152, bfloat16: K = 64
+took 1.4 ms gathered, K = 256 4.0 ms, K = 1024 12.5 ms, the dense product 11.7 ms). Never by the
+batch at hand, so that a row's scores are computed the same way whoever its batch mates are."""
+
+_log = logging.getLogger(__name__)
 
 
 class Head(Protocol):
@@ -34,7 +39,7 @@ class Head(Protocol):
         """The final norm, [B, E] -> [B, E]."""
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
-        """Scores over the whole vocabulary, [B, E] -> [B, V] float32."""
+        """Scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,9 @@ def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None
 
 def confidence(
     kind: str,
-    scores: torch.Tensor,
-    total: torch.Tensor,
+    found: ScoreSummary,
     outside_lse: torch.Tensor | None,
-    vocab_size: int,
+    num_outside: int,
     states: SegmentOutput,
 ) -> torch.Tensor:
     """Confidence [B] float32 of the model in its best token.
@@ -98,38 +102,37 @@ def confidence(
 
     Args:
         kind: `margin` (arXiv 2410.18952, section 3), `max_prob`, `entropy` (1 - H / log V, the mass
-            outside taken as spread evenly) or `hidden_cosine` (CALM, section 3.4: cosine of the
-            states before and after the exit layer).
-        scores: [B, C] float32, the whole vocabulary or the kept ids.
-        total: [B] log of the whole mass, see `total_lse`.
-        outside_lse: [B], or None when `scores` is the whole vocabulary.
-        vocab_size: V.
+            outside taken as spread evenly; `found` needs `mean_log`) or `hidden_cosine` (CALM,
+            section 3.4: cosine of the states before and after the exit layer).
+        found: of the scores of the whole vocabulary or of the kept ids.
+        outside_lse: [B], or None when nothing is outside.
+        num_outside: ids that are not kept.
         states: before and after the exit layer.
     """
     if kind == "hidden_cosine":
         return cosine_similarity(states.hidden.float(), states.before.float(), dim=-1)
+    total = total_lse(found, outside_lse)
     if kind == "entropy":
-        return 1.0 - _entropy(scores, total, outside_lse, vocab_size) / math.log(vocab_size)
-    if kind == "max_prob":
-        return (scores.amax(-1) - total).exp()
-    best = top_k(scores, min(2, scores.shape[1]))[0].sort(-1, descending=True).values
-    probabilities = (best - total[:, None]).exp()
-    return probabilities[:, 0] - probabilities[:, 1:].sum(-1)
+        num_kept = found.num_columns
+        entropy = _entropy(found, total, outside_lse, num_outside)
+        return 1.0 - entropy / math.log(num_kept + num_outside)
+    best = (found.best - total).exp()
+    return best if kind == "max_prob" else best - (found.second - total).exp()
 
 
-def total_lse(scores: torch.Tensor, outside_lse: torch.Tensor | None) -> torch.Tensor:
+def total_lse(found: ScoreSummary, outside_lse: torch.Tensor | None) -> torch.Tensor:
     """Log-sum-exp [B] of all scores, those outside the kept ids included."""
-    total = scores.logsumexp(-1)
-    return total if outside_lse is None else torch.logaddexp(total, outside_lse)
+    return found.lse if outside_lse is None else torch.logaddexp(found.lse, outside_lse)
 
 
 def _entropy(
-    scores: torch.Tensor, total: torch.Tensor, outside_lse: torch.Tensor | None, vocab_size: int
+    found: ScoreSummary, total: torch.Tensor, outside_lse: torch.Tensor | None, num_outside: int
 ) -> torch.Tensor:
     """H [B] in nats."""
-    log_probabilities = scores - total[:, None]
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    num_outside = vocab_size - scores.shape[1]
+    if found.mean_log is None:
+        raise ValueError("entropy needs a summary made with mean_log=True")
+    log_inside = found.lse - total  # the log of the kept ids' share
+    entropy = -log_inside.exp() * (found.mean_log + log_inside)
     if outside_lse is None or not num_outside:
         return entropy
     log_outside = outside_lse - total
@@ -149,6 +152,7 @@ class ExitRule:
         always_kept: ids that pruning never drops (end and stop ids).
         max_resident: seats.
         max_batch: most rows per call; decides once how pruned scores are computed.
+        proposal: proposes the ids to keep; None: the head itself.
 
     Raises:
         UsageError: K is smaller than the number of ids that are always kept.
@@ -164,8 +168,10 @@ class ExitRule:
         always_kept: Sequence[int],
         max_resident: int,
         max_batch: int,
+        proposal: Proposal | None = None,
     ) -> None:
         self._head, self._exits, self._sampling = head, exits, sampling
+        self._proposal = proposal
         weight = head.head_weight
         self._device, self._vocab_size = weight.device, weight.shape[0]
         self._last = len(exit_layers) - 1
@@ -182,6 +188,13 @@ class ExitRule:
                 "for the end and stop ids are always kept"
             )
         self._gathers = max_batch * self._k < GATHER_LIMIT * self._vocab_size
+        if proposal is not None and not self._gathers:
+            _log.warning(
+                "exit.vocab.proposal saves nothing: %d rows of %d kept ids are dearer to rescore "
+                "than the whole vocabulary",
+                max_batch,
+                self._k,
+            )
         if self._prune_depth is not None:
             shape = (max_resident, self._k)
             self._kept_ids = torch.zeros(shape, dtype=torch.int32, device=self._device)
@@ -208,16 +221,12 @@ class ExitRule:
             fronts: their seats, steps and numbers.
         """
         scores, ids, outside = self._scores(depth, states, fronts.seats)
-        total = total_lse(scores, outside)
         kind = self._exits.confidence
-        trust = confidence(kind, scores, total, outside, self._vocab_size, states)  # [B]
-        finite = total.isfinite()
-        if self._penalises:
-            seen = self._seen[fronts.seats]
-            seen = seen if ids is None else seen.gather(1, ids)
-            scores = penalise(scores, seen, self._sampling.repetition_penalty)
-        uniforms = torch.tensor(fronts.uniforms, dtype=torch.float32, device=self._device)
-        columns = choose(scores, uniforms, self._sampling)
+        found = summarise(scores, mean_log=kind == "entropy")
+        num_outside = self._vocab_size - scores.shape[1]
+        trust = confidence(kind, found, outside, num_outside, states)  # [B]
+        finite = total_lse(found, outside).isfinite()
+        columns = self._columns(scores, ids, found, fronts)
         token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
         leaves = trust > self._bars(depth, fronts.steps)
         columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
@@ -229,6 +238,20 @@ class ExitRule:
             is_finite=[bool(good) for good in host[3]],
         )
 
+    def _columns(
+        self, scores: torch.Tensor, ids: torch.Tensor | None, found: ScoreSummary, fronts: Fronts
+    ) -> torch.Tensor:
+        """Columns [B] of the tokens that the rows would leave as."""
+        if self._sampling.temperature == 0 and not self._penalises:
+            return found.column
+        scores = scores.float()
+        if self._penalises:
+            seen = self._seen[fronts.seats]
+            seen = seen if ids is None else seen.gather(1, ids)
+            scores = penalise(scores, seen, self._sampling.repetition_penalty)
+        uniforms = torch.tensor(fronts.uniforms, dtype=torch.float32, device=self._device)
+        return choose(scores, uniforms, self._sampling)
+
     def _scores(
         self, depth: int, states: SegmentOutput, seats: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -237,17 +260,22 @@ class ExitRule:
         is_full_end = depth == self._last and self._exits.vocab.final_head == "full"
         if self._prune_depth is None or depth < self._prune_depth or is_full_end:
             return self._head.scores(normed), None, None
-        if depth == self._prune_depth:
-            vocab, scores = prune(self._head.scores(normed), self._k, self._always)
-            self._kept_ids[seats] = vocab.ids
-            self._outside[seats] = vocab.outside_lse
-            return scores, vocab.ids.long(), vocab.outside_lse
-        ids = self._kept_ids[seats]
+        if depth > self._prune_depth:
+            ids = self._kept_ids[seats]
+            return self._rescored(normed, ids), ids.long(), self._outside[seats]
+        proposed = self._head.scores(normed) if self._proposal is None else self._proposal(normed)
+        vocab, scores = prune(proposed, self._k, self._always)
+        if self._proposal is not None:
+            scores = self._rescored(normed, vocab.ids)
+        self._kept_ids[seats] = vocab.ids
+        self._outside[seats] = vocab.outside_lse
+        return scores, vocab.ids.long(), vocab.outside_lse
+
+    def _rescored(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The head's scores [B, K] of the ids [B, K]."""
         if self._gathers:
-            scores = pruned_scores(normed, self._head.head_weight, ids)
-        else:
-            scores = self._head.scores(normed).gather(1, ids.long())
-        return scores, ids.long(), self._outside[seats]
+            return pruned_scores(normed, self._head.head_weight, ids)
+        return self._head.scores(normed).gather(1, ids.long())
 
     def _bars(self, depth: int, steps: Sequence[int]) -> torch.Tensor:
         """Threshold [B] float64 of each front token."""

@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import torch
 
-from eevp_batch.engine.pruned_vocab import first_argmax
+from eevp_batch.engine.score_summary import first_argmax
 from eevp_batch.records import RowId
 from eevp_batch.spec import SamplingSpec
 

@@ -181,10 +181,10 @@ class SegmentedModel:
         return out
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
-        """LM-head scores over the whole vocabulary, [B, E] -> [B, V] float32."""
+        """LM-head scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
         rows = len(normed)
         padded = pad(normed, (0, 0, 0, -rows % ROW_MULTIPLE))
-        out: torch.Tensor = self._head(padded)[:rows].float()
+        out: torch.Tensor = self._head(padded)[:rows]
         return out
 
 

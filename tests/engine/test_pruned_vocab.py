@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
+from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
 
 NOBODY = torch.tensor([], dtype=torch.int64)
 
@@ -19,12 +19,6 @@ def test_top_k_is_exact_for_every_shape(vocab_size: int, k: int) -> None:
     assert torch.equal(values.sort(-1, descending=True).values, expected)
     assert torch.equal(scores.gather(1, columns), values), "columns name the values"
     assert (columns.diff(dim=-1) > 0).all(), "columns ascend, so no id is kept twice"
-
-
-@pytest.mark.parametrize("vocab_size", [7, 64, 4096])
-def test_first_argmax_takes_the_first_of_equals(vocab_size: int) -> None:
-    scores = torch.randint(0, 4, (50, vocab_size)).float()
-    assert torch.equal(first_argmax(scores), scores.argmax(-1))
 
 
 def test_forced_ids_are_kept_whatever_they_score() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.invariance import ROW_MULTIPLE, fewest_rows
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import VocabSpec
 
@@ -57,7 +57,7 @@ class Int8Proposal:
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in the head's type; states are rounded to 8 bits with a scale of each."""
-        states = normed.float()
+        states = _filled_up(normed.float(), 1)
         scales = states.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # [B, 1]
         # Unsigned with a zero point of 128: oneDNN has no fast kernel for signed activations.
         rounded = (states / scales).round_().add_(128).to(torch.uint8)
@@ -65,7 +65,7 @@ class Int8Proposal:
             rounded, 1.0, 128, self._weight, self._scales, self._zeros,
             None, 1.0, 0, self._dtype, "none", [], "",
         )  # fmt: skip
-        return scores.mul_(scales.to(self._dtype))
+        return scores.mul_(scales.to(self._dtype))[: len(normed)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,14 @@ class LowRankProposal:
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in the factors' type."""
-        padded = pad(normed, (0, 0, 0, -len(normed) % ROW_MULTIPLE))
+        padded = _filled_up(normed, fewest_rows(self.right.numel()))
         return linear(linear(padded, self.right), self.left)[: len(normed)]
+
+
+def _filled_up(states: torch.Tensor, least: int) -> torch.Tensor:
+    """States [B, E] with rows of zeros up to `least` and a multiple of `ROW_MULTIPLE`."""
+    rows = max(len(states), least)
+    return pad(states, (0, 0, 0, rows + -rows % ROW_MULTIPLE - len(states)))
 
 
 def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRankProposal:

@@ -18,6 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Confidence = Literal["margin", "max_prob", "entropy", "hidden_cosine"]
 Dtype = Literal["bfloat16", "float32", "float16"]
+KvPolicy = Literal["propagate", "recompute", "verify"]
 MAX_SEED = 2**63 - 1
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
@@ -179,8 +180,10 @@ class ExitSpec(_Section):
     """A token leaves when its confidence is greater; a list: one per exit layer before the last."""
     decay: DecaySpec | None = None
     """How the threshold falls with the token's position; it does not."""
-    kv: Literal["propagate"] = "propagate"
+    kv: KvPolicy = "propagate"
     """What fills keys and values of the layers that a token skipped."""
+    max_waiting: Count = 8
+    """With recompute or verify: once so many tokens wait, the next takes all layers, they too."""
     vocab: VocabSpec = VocabSpec()
     """Vocabulary pruning."""
 
@@ -188,6 +191,13 @@ class ExitSpec(_Section):
     def _layers_increase(self) -> ExitSpec:
         if self.layers != "auto" and self.layers != sorted(set(self.layers)):
             raise refused("layers", self.layers, "strictly increasing layers")
+        return self
+
+    @model_validator(mode="after")
+    def _verifies_against_the_whole_vocabulary(self) -> ExitSpec:
+        is_pruned = self.vocab.top_k is not None and self.vocab.final_head == "pruned"
+        if self.kv == "verify" and is_pruned:
+            raise refused("vocab.final_head", '"pruned"', "full with exit.kv: verify")
         return self
 
 
@@ -218,11 +228,13 @@ class EngineSpec(_Section):
     max_batch: Auto | Count = "auto"
     """Sequences per forward pass; what suits the device."""
     max_resident: Auto | Count = "auto"
-    """Sequences held in memory; one batch per exit layer."""
+    """Sequences held in memory; a batch, and a full one for each depth but the first."""
     kv_memory: Annotated[
         Auto | Count, BeforeValidator(_size), Allowed("auto, or a size such as 2GiB or 512MiB")
     ] = "auto"
     """Memory for keys and values, in bytes or as `2GiB`; a share of what is free."""
+    prefix_sharing: bool = True
+    """Whether a beginning that many prompts share is computed once."""
 
 
 class ClusterSpec(_Section):

@@ -99,8 +99,12 @@ def prompts_by_length(tokenizer: Any, each: int) -> list[list[tuple[str, str, li
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "exits",
-    [{"mode": "off"}, {"mode": "on", "layers": [10, 20], "threshold": 1.5}],
-    ids=["exits off", "threshold above 1"],
+    [
+        {"mode": "off"},
+        {"mode": "on", "layers": [10, 20], "threshold": 1.5},
+        {"mode": "on", "layers": [10, 20, 25], "threshold": 0.6, "kv": "verify", "max_waiting": 4},
+    ],
+    ids=["exits off", "threshold above 1", "verify"],
 )
 def test_a_whole_job_equals_plain_greedy_generation(
     oracle: Oracle,
@@ -137,9 +141,12 @@ def test_a_whole_job_equals_plain_greedy_generation(
             f"row {row_id} differs from transformers; the oracle's closest choice was one of "
             f"{oracle.smallest_gap:.1e}"
         )
-        assert set(row["exit_layers"]) == {NUM_LAYERS}, f"no token of row {row_id} leaves early"
+        if exits.get("kv") != "verify":
+            assert set(row["exit_layers"]) == {NUM_LAYERS}, f"no token of row {row_id} leaves early"
         expected = demo_tokenizer.decode(row["token_ids"], skip_special_tokens=True)
         assert row["text"] == expected, f"the text of row {row_id} is that of its ids"
+    early = sum(layer < NUM_LAYERS for row in found.values() for layer in row["exit_layers"])
+    assert (early > 200) == (exits.get("kv") == "verify"), "drafts that stand left early"
 
 
 # --- what any user may rely on -------------------------------------------------------------------

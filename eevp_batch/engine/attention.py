@@ -1,4 +1,4 @@
-"""The one seam to attention kernels: packed queries against paged keys/values.
+"""Attention of transformers' own layers: packed queries against paged keys/values.
 
 Registered with transformers' `AttentionInterface` under `ATTENTION_NAME`; a model's own attention
 modules call it after projecting and rotating. Knows rows and pages, nothing of sequences.
@@ -15,24 +15,9 @@ from transformers import AttentionInterface
 
 from eevp_batch.engine.invariance import fewest_rows
 from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.packing import PackedTokens, Span
 
 ATTENTION_NAME = "eevp_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class RaggedRows:
-    """Rows [start, stop) of a pack that belong to one sequence with several tokens.
-
-    Attributes:
-        page_rows: [1, num_kv_heads, P] pages of the sequence, see `KvPool.page_rows`.
-        is_fresh: the rows are all positions of the sequence from 0 on, so that their keys/values
-            need not be read back.
-    """
-
-    start: int
-    stop: int
-    page_rows: torch.Tensor
-    is_fresh: bool
 
 
 @dataclass(slots=True)
@@ -40,20 +25,41 @@ class AttentionLayout:
     """Who may look at what, the same for every layer of a segment.
 
     Attributes:
-        token_rows: [N * num_kv_heads] where each row's key/value goes, see `KvPool.token_rows`.
+        slots: [N] where each row's key/value goes.
         positions: [N] position of each row in its sequence.
-        single_page_rows: [num_single, num_kv_heads, P] pages of the sequences that bring one token
-            each; these are the first `num_single` rows.
-        ragged: the sequences that bring several tokens.
+        single_pages: [num_single, P] pages of the sequences that bring one token each; these are
+            the first `num_single` rows.
+        ragged: the sequences that bring several tokens, each with its pages [1, P].
     """
 
     pool: KvPool
-    token_rows: torch.Tensor
+    slots: torch.Tensor
     positions: torch.Tensor
-    single_page_rows: torch.Tensor
-    num_single: int
-    ragged: list[RaggedRows]
+    single_pages: torch.Tensor
+    ragged: list[tuple[Span, torch.Tensor]]
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokens: PackedTokens, pool: KvPool) -> AttentionLayout:
+        """The layout of a pack."""
+        device = tokens.positions.device
+        singles = [span for span in tokens.spans if span.stop - span.start == 1]
+        width = max((len(span.pages) for span in singles), default=0)
+        seats = torch.tensor([span.seat for span in singles], dtype=torch.int64, device=device)
+        return cls(
+            pool=pool,
+            slots=tokens.slots,
+            positions=tokens.positions,
+            single_pages=pool.page_table[seats, :width],
+            ragged=[
+                (span, torch.tensor([span.pages], device=device))
+                for span in tokens.spans[len(singles) :]
+            ],
+        )
+
+    @property
+    def num_single(self) -> int:
+        return len(self.single_pages)
 
     def mask(self, start: int, stop: int, num_keys: int, window: int | None) -> torch.Tensor:
         """Additive float32 mask [stop - start, num_keys]: 0 where a row may look, -inf elsewhere.
@@ -101,9 +107,7 @@ def paged_attention(
     """
     layer_index: int = module.layer_idx  # type: ignore[assignment]
     num_rows, num_heads, head_size = query.shape[2], query.shape[1], query.shape[3]
-    layout.pool.write(
-        layer_index, layout.token_rows, key[0].transpose(0, 1), value[0].transpose(0, 1)
-    )
+    layout.pool.write(layer_index, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     out = query.new_zeros(num_rows, num_heads, head_size)
     if layout.num_single:
         out[: layout.num_single] = _attend_singles(
@@ -113,12 +117,12 @@ def paged_attention(
             scaling,
             sliding_window,
         )
-    for rows in layout.ragged:
+    for rows, pages in layout.ragged:
         span = slice(rows.start, rows.stop)
         if rows.is_fresh:
             keys, values = key[:, :, span], value[:, :, span]
         else:
-            keys, values = layout.pool.read(layer_index, rows.page_rows)
+            keys, values = layout.pool.read(layer_index, pages)
         num_keys = keys.shape[2]
         is_causal = rows.is_fresh and (sliding_window is None or num_keys <= sliding_window)
         attended = scaled_dot_product_attention(
@@ -150,11 +154,11 @@ def _attend_singles(
     tokens, 3 key heads of 64), and their result for a row does not depend on the other rows.
     """
     batch, num_heads, head_size = query.shape
-    pages, num_keys = layout.single_page_rows, layout.single_page_rows.shape[2] * PAGE_SIZE
+    pages, num_keys = layout.single_pages, layout.single_pages.shape[1] * PAGE_SIZE
     mask = layout.mask(0, batch, num_keys, window)  # [B, T]
     missing = max(0, fewest_rows(num_heads * head_size * PAGE_SIZE) - batch)
     if missing:  # rows of zeros that look at the scratch page
-        query, pages = pad(query, (0, 0) * 2 + (0, missing)), pad(pages, (0, 0) * 2 + (0, missing))
+        query, pages = pad(query, (0, 0) * 2 + (0, missing)), pad(pages, (0, 0, 0, missing))
         mask = pad(mask, (0, 0, 0, missing))
     keys, values = layout.pool.read(layer_index, pages)
     num_kv_heads = keys.shape[1]

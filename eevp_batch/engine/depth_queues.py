@@ -26,7 +26,7 @@ class DepthQueues(Generic[T]):
     `pop` chooses, in this order:
 
     1. the queue whose front has waited longest, if that is more than `age_cap` steps;
-    2. the deepest queue that holds a full batch;
+    2. the deepest queue that holds `full_batch` sequences;
     3. the fullest queue, the deeper one on a tie.
 
     The age cap comes first because a shallow queue can stay full for ever when every token leaves
@@ -37,12 +37,16 @@ class DepthQueues(Generic[T]):
     Args:
         num_depths: D, one queue per segment.
         max_batch: most sequences per batch.
+        full_batch: sequences from which on a batch need not grow: a row is hardly cheaper in a
+            larger one.
         max_tokens: most packed tokens per batch; one sequence may exceed it alone.
         age_cap: steps after which waiting outweighs a full batch.
     """
 
-    def __init__(self, num_depths: int, max_batch: int, max_tokens: int, age_cap: int) -> None:
-        self.max_batch = max_batch
+    def __init__(
+        self, num_depths: int, max_batch: int, full_batch: int, max_tokens: int, age_cap: int
+    ) -> None:
+        self.max_batch, self.full_batch = max_batch, full_batch
         self.max_tokens = max_tokens
         self.age_cap = age_cap
         self._queues: list[deque[tuple[int, T]]] = [deque() for _ in range(num_depths)]
@@ -59,6 +63,14 @@ class DepthQueues(Generic[T]):
     def push(self, depth: int, sequence: T) -> None:
         """Append to the queue of `depth`; the caller makes sure it stands in no other."""
         self._queues[depth].append((self._now, sequence))
+
+    def remove(self, sequence: T) -> None:
+        """Take a sequence out of the queue that it stands in."""
+        for queue in self._queues:
+            for entry in queue:
+                if entry[1] is sequence:
+                    queue.remove(entry)
+                    return
 
     def pop(self, cost: Callable[[int, T], int]) -> Batch[T] | None:
         """Take the next batch, or None when nobody waits.
@@ -85,7 +97,7 @@ class DepthQueues(Generic[T]):
         oldest = min(waiting, key=lambda depth: self._queues[depth][0][0])
         if self._now - self._queues[oldest][0][0] > self.age_cap:
             return oldest
-        full = [depth for depth in waiting if len(self._queues[depth]) >= self.max_batch]
+        full = [depth for depth in waiting if len(self._queues[depth]) >= self.full_batch]
         if full:
             return full[-1]
         return max(waiting, key=lambda depth: (len(self._queues[depth]), depth))

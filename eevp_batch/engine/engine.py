@@ -5,27 +5,27 @@ The queues decide, the model computes, the engine introduces them.
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.exits import Decision, ExitRule, Fronts
+from eevp_batch.engine.exits import Decision, ExitRule
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
+from eevp_batch.engine.prefixes import Prefixes
 from eevp_batch.engine.proposals import Proposal
-from eevp_batch.engine.sampling import generation_seed, uniform
+from eevp_batch.engine.residents import Residents
+from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import Sequence
+from eevp_batch.engine.sequence import ScoredTokens, Sequence
+from eevp_batch.engine.stats import EngineStats
 from eevp_batch.engine.stops import StopStrings
 from eevp_batch.errors import (
     EngineStalledError,
     NonFiniteScoresError,
-    PromptTooLongError,
     RowError,
     UsageError,
 )
@@ -38,28 +38,6 @@ class Detokenizer(Protocol):
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Text of the ids."""
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the engine was built.
-
-    Attributes:
-        steps, rows: segment runs and the sequences in them, by depth.
-        packed_tokens: tokens that went through a segment, prompts included.
-        exit_histogram: emitted tokens by exit layer.
-    """
-
-    steps: Counter[int] = field(default_factory=Counter)
-    rows: Counter[int] = field(default_factory=Counter)
-    packed_tokens: int = 0
-    finished: int = 0
-    exit_histogram: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def tokens(self) -> int:
-        """Emitted tokens."""
-        return self.exit_histogram.total()
 
 
 class Engine:
@@ -77,7 +55,7 @@ class Engine:
 
     Attributes:
         encode: token ids of a string prompt; None where prompts come as token ids only.
-        pool, queues: keys and values, and who waits where.
+        queues: who waits where.
         stats: counters.
     """
 
@@ -93,7 +71,8 @@ class Engine:
         proposal: Proposal | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._sampling, self._end_ids, self._limits = sampling, end_ids, limits
+        self._exits, self._sampling, self._end_ids = exits, sampling, end_ids
+        self._limits = limits
         self._stops = StopStrings(sampling.stop, self._decode)
         self._rule = ExitRule(
             head=model,
@@ -106,23 +85,28 @@ class Engine:
             max_batch=limits.max_batch,
             proposal=proposal,
         )
-        self.pool = KvPool(
-            num_pages=limits.num_pages,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_size=model.head_size,
-            hidden_size=model.hidden_size,
-            max_resident=limits.max_resident,
-            max_pages=limits.max_pages,
-            dtype=model.dtype,
-            device=model.device,
-        )
         self.queues: DepthQueues[Sequence] = DepthQueues(
-            model.num_segments, limits.max_batch, limits.max_tokens, limits.age_cap
+            model.num_segments,
+            limits.max_batch,
+            limits.full_batch,
+            limits.max_tokens,
+            limits.age_cap,
         )
-        self._arrivals: deque[Sequence] = deque()
         self.encode: Callable[[str], list[int]] | None = None
         self.stats = EngineStats()
+        self._residents = Residents(
+            model, self.queues, self.stats, limits, sampling.max_new_tokens, self._rule.watch
+        )
+
+    @property
+    def pool(self) -> KvPool:
+        """Keys and values."""
+        return self._residents.pool
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Shared beginnings; `generate` gives them up at its end, `step` keeps them."""
+        return self._residents.prefixes
 
     @property
     def max_resident(self) -> int:
@@ -132,18 +116,25 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """True when nothing is waiting, resident or on its way."""
-        return not self._arrivals and not len(self.queues)
+        return not self._residents.arrivals and not len(self.queues)
 
     @property
     def has_room(self) -> bool:
         """Whether another prompt could become resident now; adding beyond it only queues."""
-        return len(self._arrivals) < self.pool.num_free_seats
+        return len(self._residents.arrivals) < self.pool.num_free_seats
 
     def add(self, prompt: Prompt) -> None:
         """Queue one prompt; it becomes resident when memory allows."""
         seed = generation_seed(self._sampling.seed, prompt.row_id, prompt.sample_index)
-        self._arrivals.append(
-            Sequence(prompt, self._model.num_segments, self._sampling.max_new_tokens, seed)
+        self._residents.arrivals.append(
+            Sequence(
+                prompt,
+                self._model.num_segments,
+                self._sampling.max_new_tokens,
+                seed,
+                self._exits.kv,
+                self._exits.max_waiting,
+            )
         )
 
     def generate(self, prompts: Iterable[Prompt | str]) -> Iterator[Generation | RowFailure]:
@@ -171,6 +162,7 @@ class Engine:
                     yield RowFailure(row[0], type(error).__name__, str(error))
             if not self.is_idle:
                 yield from self.step()
+        self.prefixes.clear()
 
     def _prompt(self, number: int, prompt: Prompt | str) -> Prompt:
         if isinstance(prompt, Prompt):
@@ -188,82 +180,66 @@ class Engine:
         Raises:
             EngineStalledError: nothing could run although work remains.
         """
-        refused = self._admit()
+        refused = [_failure(*found) for found in self._residents.admit()]
         batch = self.queues.pop(_cost)
         if batch is None:
             if not refused and not self.is_idle:
                 raise EngineStalledError(
-                    f"{len(self._arrivals)} sequences wait and none could be admitted"
+                    f"{len(self._residents.arrivals)} sequences wait and none could be admitted"
                 )
-            return list(refused)
+            return [*refused]
         depth, sequences = batch
-        for sequence in sequences:
-            self.pool.grow(sequence)
-        tokens = pack(sequences, depth, self.pool)
+        sequences = self._residents.grow(sequences)
+        tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
         states = self._model.run_segment(depth, tokens, self.pool)
-        decision = self._rule.decide(depth, states, self._fronts(sequences))
+        decision = self._rule.decide(depth, states, ScoredTokens.of(sequences, tokens.scored))
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
         self.stats.packed_tokens += tokens.num_tokens
-        return [*refused, *self._record(depth, sequences, decision)]
-
-    def _admit(self) -> list[RowFailure]:
-        """Make arrivals resident while they fit; those that never will are refused."""
-        refused: list[RowFailure] = []
-        while self._arrivals:
-            sequence = self._arrivals[0]
-            if not self.pool.can_ever_hold(sequence):
-                error = PromptTooLongError(
-                    f"{sequence.num_prompt} prompt tokens and {sequence.max_new_tokens} new ones "
-                    f"do not fit the {self.pool.max_positions} that keys and values have room for"
-                )
-                refused.append(_failure(self._arrivals.popleft(), error))
-            elif self.pool.can_admit(sequence):
-                self._arrivals.popleft()
-                self.pool.admit(sequence)
-                self._rule.watch(sequence.seat, sequence.token_ids, start=True)
-                self.queues.push(0, sequence)
-            else:
-                break
-        return refused
-
-    def _fronts(self, sequences: list[Sequence]) -> Fronts:
-        is_greedy = self._sampling.temperature == 0
-        return Fronts(
-            seats=torch.tensor([s.seat for s in sequences], device=self._model.device),
-            steps=[s.num_generated for s in sequences],
-            uniforms=[0.0 if is_greedy else uniform(s.seed, s.num_generated) for s in sequences],
-        )
+        return [*refused, *self._record(depth, sequences, tokens.scored, decision)]
 
     def _record(
-        self, depth: int, sequences: list[Sequence], decision: Decision
+        self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
     ) -> list[Generation | RowFailure]:
         """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
         results: list[Generation | RowFailure] = []
-        for row, sequence in enumerate(sequences):
-            sequence.mark_filled(depth)
-            if not decision.is_finite[row]:
+        exit_layer = self._model.exit_layers[depth]
+        stop = 0
+        for sequence, positions in zip(sequences, scored, strict=True):
+            start, stop = stop, stop + len(positions)
+            if not all(decision.is_finite[start:stop]):
                 error = NonFiniteScoresError(
-                    f"scores after layer {self._model.exit_layers[depth]} are not finite at "
-                    f"generated token {sequence.num_generated}"
+                    f"scores after layer {exit_layer} are not finite at generated token "
+                    f"{sequence.num_generated}"
                 )
                 results.append(_failure(sequence, error))
-                self.pool.release(sequence, scrub=True)
-            elif not decision.leaves[row]:
+                self._residents.taint(sequence)
+                self._residents.leave(sequence)
+            elif not decision.leaves[stop - 1]:
+                sequence.mark_filled(depth)
                 self.queues.push(depth + 1, sequence)
             else:
-                exit_layer = self._model.exit_layers[depth]
-                sequence.emit(
+                exits = [
                     TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
-                )
-                self.stats.exit_histogram[exit_layer] += 1
-                self._rule.watch(sequence.seat, sequence.token_ids[-1:])
-                sequence.finish_reason = self._finish_reason(sequence)
-                if sequence.finish_reason is None:
-                    self.queues.push(0, sequence)
-                else:
-                    results.append(self._finish(sequence))
+                    for row in range(start, stop)
+                ]
+                results += self._settle(depth, sequence, exits)
         return results
+
+    def _settle(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
+        """Let the front token leave; the generation goes on, has its end judged, or is finished."""
+        settled = sequence.leave(depth, exits)
+        self.stats.count(settled)
+        self._rule.watch(sequence.seat, [exit.token_id for exit in settled.exits])
+        if sequence.finish_reason is None:
+            sequence.finish_reason = self._finish_reason(sequence)
+        if sequence.finish_reason is None:
+            self.queues.push(0, sequence)
+        elif sequence.num_drafts:
+            self.queues.push(depth + 1, sequence)
+        else:
+            return [self._finish(sequence)]
+        return []
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
         if sequence.token_ids[-1] in self._end_ids:
@@ -287,7 +263,7 @@ class Engine:
             num_layers=self._model.num_layers,
             tag=sequence.prompt.tag,
         )
-        self.pool.release(sequence)
+        self._residents.leave(sequence)
         self.stats.finished += 1
         return generation
 

@@ -11,11 +11,13 @@ from typing import Protocol
 import torch
 from torch.nn.functional import cosine_similarity
 
+from eevp_batch.engine.drafts import Sampler
 from eevp_batch.engine.proposals import Proposal
 from eevp_batch.engine.pruned_vocab import prune, pruned_scores
-from eevp_batch.engine.sampling import choose, penalise
-from eevp_batch.engine.score_summary import ScoreSummary, summarise
+from eevp_batch.engine.sampling import penalise
+from eevp_batch.engine.score_summary import ScoreSummary, first_argmax, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
+from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
@@ -44,10 +46,11 @@ class Head(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of each front token; plain lists, moved to the host in one copy.
+    """What became of each scored token; plain lists, moved to the host in one copy.
 
     Attributes:
-        token_ids: the token that each would leave as.
+        token_ids: the token that each would leave as; where that was a draft to be judged, the
+            draft exactly if it stands.
         confidences: at this exit.
         leaves: whether it leaves.
         is_finite: False where the model's scores were not finite; nothing else counts then.
@@ -57,21 +60,6 @@ class Decision:
     confidences: list[float]
     leaves: list[bool]
     is_finite: list[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Fronts:
-    """What deciding needs to know about the front tokens, beside their states.
-
-    Attributes:
-        seats: [B] rows of the per-seat buffers.
-        steps: generated tokens so far, for the decaying threshold.
-        uniforms: numbers in [0, 1) that draw the tokens; unused when greedy.
-    """
-
-    seats: torch.Tensor
-    steps: Sequence[int]
-    uniforms: Sequence[float]
 
 
 def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None) -> float:
@@ -203,54 +191,62 @@ class ExitRule:
         if self._penalises:
             shape = (max_resident, self._vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        widest = self._k if self._prune_depth == 0 else self._vocab_size
+        self._sampler = Sampler(
+            sampling=sampling,
+            max_resident=max_resident,
+            max_drafts=exits.max_waiting if exits.kv == "verify" else 0,
+            num_choices=min(widest, sampling.top_k or widest),
+            vocab_size=self._vocab_size,
+            device=self._device,
+        )
 
     def watch(self, seat: int, token_ids: Sequence[int], *, start: bool = False) -> None:
-        """Tell which ids a seat's sequence contains; `start` forgets the seat's last sequence."""
-        if not self._penalises:
+        """Tell which ids stand in a seat's sequence; `start` forgets the seat's last sequence."""
+        if not self._penalises or not token_ids:
             return
         if start:
             self._seen[seat] = False
         self._seen[seat, torch.tensor(token_ids, device=self._device)] = True
 
-    def decide(self, depth: int, states: SegmentOutput, fronts: Fronts) -> Decision:
-        """Decide for each front token whether it leaves after segment `depth`, and as what.
+    def decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> Decision:
+        """Decide for each scored token whether it leaves after segment `depth`, and as what.
 
         Args:
             depth: 0-based exit; at the last one every token leaves.
-            states: [B, E] states of the front tokens.
-            fronts: their seats, steps and numbers.
+            states: [S, E] states of the scored tokens.
+            tokens: what else is known of them.
         """
-        scores, ids, outside = self._scores(depth, states, fronts.seats)
+        seats = torch.tensor(tokens.seats, device=self._device)
+        scores, ids, outside = self._scores(depth, states, seats)
         kind = self._exits.confidence
         found = summarise(scores, mean_log=kind == "entropy")
         num_outside = self._vocab_size - scores.shape[1]
         trust = confidence(kind, found, outside, num_outside, states)  # [B]
         finite = total_lse(found, outside).isfinite()
-        columns = self._columns(scores, ids, found, fronts)
-        token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
-        leaves = trust > self._bars(depth, fronts.steps)
+        best = found.column
+        if self._penalises:
+            seen = self._seen_by(tokens, seats)
+            seen = seen if ids is None else seen.gather(1, ids)
+            scores = penalise(scores.float(), seen, self._sampling.repetition_penalty)
+            best = first_argmax(scores)
+        if self._sampling.temperature == 0:
+            token_ids = best if ids is None else ids.gather(1, best[:, None])[:, 0]
+        else:
+            is_last = depth == self._last
+            token_ids = self._sampler.draw(scores.float(), ids, tokens, is_last=is_last)
+        leaves = trust > self._bars(depth, tokens.steps)
         columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
         host = torch.stack(columns_out).tolist()  # the one host sync
         return Decision(
             token_ids=[int(token_id) for token_id in host[0]],
             confidences=host[1],
-            leaves=[bool(leave) or depth == self._last for leave in host[2]],
+            leaves=[
+                depth == self._last or (may_leave and bool(leave))
+                for may_leave, leave in zip(tokens.may_leave, host[2], strict=True)
+            ],
             is_finite=[bool(good) for good in host[3]],
         )
-
-    def _columns(
-        self, scores: torch.Tensor, ids: torch.Tensor | None, found: ScoreSummary, fronts: Fronts
-    ) -> torch.Tensor:
-        """Columns [B] of the tokens that the rows would leave as."""
-        if self._sampling.temperature == 0 and not self._penalises:
-            return found.column
-        scores = scores.float()
-        if self._penalises:
-            seen = self._seen[fronts.seats]
-            seen = seen if ids is None else seen.gather(1, ids)
-            scores = penalise(scores, seen, self._sampling.repetition_penalty)
-        uniforms = torch.tensor(fronts.uniforms, dtype=torch.float32, device=self._device)
-        return choose(scores, uniforms, self._sampling)
 
     def _scores(
         self, depth: int, states: SegmentOutput, seats: torch.Tensor
@@ -277,8 +273,17 @@ class ExitRule:
             return pruned_scores(normed, self._head.head_weight, ids)
         return self._head.scores(normed).gather(1, ids.long())
 
+    def _seen_by(self, tokens: ScoredTokens, seats: torch.Tensor) -> torch.Tensor:
+        """[S, V] bool, the ids up to each token; drafts are no part of what the seats keep."""
+        seen = self._seen[seats]  # a copy
+        pairs = [(row, i) for row, ids in enumerate(tokens.context_drafts) for i in ids]
+        if pairs:
+            rows, ids = torch.tensor(pairs, device=self._device).T
+            seen[rows, ids] = True
+        return seen
+
     def _bars(self, depth: int, steps: Sequence[int]) -> torch.Tensor:
-        """Threshold [B] float64 of each front token."""
+        """Threshold [S] float32 of each scored token."""
         if depth == self._last:
             return torch.zeros(len(steps), device=self._device)
         limit, decay = self._sampling.max_new_tokens, self._exits.decay

@@ -3,7 +3,8 @@
 A *slot* holds one token: its key and value in every layer, and the hidden state it last had. Slots
 come in pages of `PAGE_SIZE`; a sequence owns pages, position t of it lives in
 `pages[t // PAGE_SIZE] * PAGE_SIZE + t % PAGE_SIZE`. All layers share one page table, although a
-token that left early has not been written to the deeper ones yet.
+token that left early has not been written to the deeper ones yet. A page may have several owners:
+sequences that begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ SCRATCH_PAGE = 0
 class KvPool:
     """Keys, values and hidden states of all resident sequences.
 
-    Pages are *reserved* when a sequence is admitted, for as many positions as it can ever have, and
-    *allocated* as it grows: a sequence that was admitted never runs out, and memory that nobody
-    writes is never touched.
+    Pages are *promised* when a sequence is admitted, for as many tokens as it is expected to have,
+    and *allocated* as it grows; memory that nobody writes is never touched. A sequence that grows
+    beyond its promise takes what is free, and where nothing is, somebody has to go.
 
     Args:
         num_pages: pages to hold, the scratch page apart.
@@ -32,8 +33,12 @@ class KvPool:
         num_kv_heads: heads of keys and values.
         head_size: D.
         hidden_size: E.
-        max_resident: most sequences at a time; each has a *seat*, its row of the page table.
+        max_resident: most sequences at a time; each has a *seat*, its row of the page table. There
+            is one more, for a prefix while it is filled.
         max_pages: most pages of one sequence.
+        dtype: of keys and values.
+        hidden_dtype: of hidden states.
+        by_lane: whether a page of keys is stored [D, PAGE_SIZE], as the CPU kernels read it.
     """
 
     def __init__(
@@ -47,25 +52,37 @@ class KvPool:
         max_pages: int,
         dtype: torch.dtype,
         device: torch.device,
+        hidden_dtype: torch.dtype,
+        by_lane: bool,
     ) -> None:
         num_slots = (num_pages + 1) * PAGE_SIZE
         self.num_pages = num_pages
         self.max_pages = min(max_pages, num_pages)
-        self.num_kv_heads = num_kv_heads
+        self.num_kv_heads, self._head_size, self._by_lane = num_kv_heads, head_size, by_lane
         self._heads = torch.arange(num_kv_heads, device=device)
-        # [L][num_pages + 1, num_kv_heads, PAGE_SIZE, D]: the pages of one key head, gathered, are a
-        # matrix that a product can read without another copy.
-        rows = num_slots * num_kv_heads
-        self.keys = [_zeros(rows, head_size, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(rows, head_size, dtype, device) for _ in range(num_layers)]
-        self.hidden = _zeros(num_slots, hidden_size, dtype, device)  # [num_slots, E]
-        # [max_resident, max_pages], unused entries point at the scratch page.
+        # [L] stores of pages: [num_pages + 1, num_kv_heads, PAGE_SIZE, D], flat. Keys may be
+        # transposed within their page.
+        size = num_slots * num_kv_heads * head_size
+        self.keys = [_zeros(size, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(size, dtype, device) for _ in range(num_layers)]
+        self.pointers = [
+            (key.data_ptr(), value.data_ptr())
+            for key, value in zip(self.keys, self.values, strict=True)
+        ]
+        # [num_slots, E]
+        self.hidden = _zeros(num_slots * hidden_size, hidden_dtype, device).view(num_slots, -1)
+        # [max_resident + 1, max_pages], unused entries point at the scratch page.
         self.page_table = torch.zeros(
-            max_resident, self.max_pages, dtype=torch.int64, device=device
+            max_resident + 1, self.max_pages, dtype=torch.int64, device=device
         )
         self._free_pages = list(range(num_pages, 0, -1))
         self._free_seats = list(range(max_resident - 1, -1, -1))
-        self._reserved = 0
+        self._prefix_seat = max_resident
+        self._num_owners = [0] * (num_pages + 1)
+        self._num_promised = 0
+        self._tainted: set[int] = set()
+
+    # --- who owns what ---------------------------------------------------------------------------
 
     @property
     def num_free_seats(self) -> int:
@@ -81,13 +98,22 @@ class KvPool:
         return self.num_pages - len(self._free_pages)
 
     @property
+    def num_unpromised_pages(self) -> int:
+        """Free pages that no resident sequence counts on."""
+        return len(self._free_pages) - self._num_promised
+
+    @property
     def is_empty(self) -> bool:
-        """True when no page, seat or reservation is held."""
+        """True when no page, seat or promise is held."""
         return (
             len(self._free_pages) == self.num_pages
-            and len(self._free_seats) == self.page_table.shape[0]
-            and not self._reserved
+            and len(self._free_seats) == self._prefix_seat
+            and not self._num_promised
         )
+
+    def is_shared(self, pages: list[int]) -> bool:
+        """Whether any of these pages has a second owner."""
+        return any(self._num_owners[page] > 1 for page in pages)
 
     @staticmethod
     def pages_for(num_positions: int) -> int:
@@ -98,42 +124,105 @@ class KvPool:
         """Whether the empty pool could take this sequence at its longest."""
         return self.pages_for(sequence.max_positions) <= self.max_pages
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """Whether a seat is free and the unreserved pages last for this sequence."""
-        needed = self.pages_for(sequence.max_positions)
-        return bool(self._free_seats) and self._reserved + needed <= self.num_pages
-
-    def admit(self, sequence: Sequence) -> None:
-        """Give the sequence a seat and reserve its pages."""
-        if not self.can_admit(sequence):
-            raise EngineError(f"row {sequence.prompt.row_id!r} was admitted without room for it")
-        sequence.seat = self._free_seats.pop()
-        self._reserved += self.pages_for(sequence.max_positions)
-
-    def grow(self, sequence: Sequence) -> None:
-        """Allocate pages up to the front token."""
-        for index in range(len(sequence.pages), self.pages_for(sequence.front + 1)):
-            page = self._free_pages.pop()
-            sequence.pages.append(page)
-            self.page_table[sequence.seat, index] = page
-
-    def release(self, sequence: Sequence, *, scrub: bool = False) -> None:
-        """Take back seat, pages and reservation.
+    def can_admit(self, num_positions: int, num_shared: int = 0) -> bool:
+        """Whether a seat is free and the unpromised pages last for so many positions.
 
         Args:
-            sequence: a resident sequence.
-            scrub: zero its pages, needed when they may hold NaN: a masked key is multiplied by
-                zero, and NaN would survive that in the next owner's attention.
+            num_positions: tokens that the sequence is expected to have.
+            num_shared: leading ones whose keys/values are there already.
         """
-        if scrub:
-            for page in sequence.pages:
+        needed = self.pages_for(num_positions) - num_shared // PAGE_SIZE
+        return bool(self._free_seats) and needed <= self.num_unpromised_pages
+
+    def admit(
+        self, sequence: Sequence, num_positions: int, shared: list[int], num_shared: int = 0
+    ) -> None:
+        """Give the sequence a seat, promise it pages, and let it share a prefix.
+
+        Args:
+            sequence: who comes.
+            num_positions: tokens that it is expected to have.
+            shared: pages that hold its first `num_shared` positions at every depth; whole pages get
+                another owner, the last one is copied if it is only begun.
+            num_shared: 0 where nothing is shared.
+        """
+        if not self.can_admit(num_positions, num_shared):
+            raise EngineError(f"row {sequence.prompt.row_id!r} was admitted without room for it")
+        sequence.seat = self._free_seats.pop()
+        num_whole = num_shared // PAGE_SIZE
+        sequence.pages = shared[:num_whole]
+        for page in sequence.pages:
+            self._num_owners[page] += 1
+        if num_whole:
+            self.page_table[sequence.seat, :num_whole] = torch.tensor(sequence.pages)
+        sequence.promised = self.pages_for(num_positions) - num_whole
+        self._num_promised += sequence.promised
+        if num_shared % PAGE_SIZE:
+            self._allocate(sequence)
+            for store in (*self.keys, *self.values):
+                pages = store.view(self.num_pages + 1, -1)
+                pages[sequence.pages[-1]] = pages[shared[num_whole]]
+        sequence.share(num_shared)
+
+    def seat_prefix(self, sequence: Sequence, shared: list[int], num_shared: int) -> None:
+        """Give a prefix the extra seat and all its pages; see `admit`.
+
+        The caller made sure that there are enough unpromised pages.
+        """
+        self._free_seats.append(self._prefix_seat)
+        self.admit(sequence, sequence.num_prompt, shared, num_shared)
+        self.grow(sequence)
+
+    def unseat_prefix(self, sequence: Sequence) -> list[int]:
+        """Take the seat back once the prefix is filled; the pages stay, owned by the caller."""
+        pages = sequence.pages
+        self.page_table[sequence.seat] = SCRATCH_PAGE
+        sequence.pages, sequence.seat = [], -1
+        return pages
+
+    def drop(self, pages: list[int]) -> None:
+        """Give up ownership of pages; those without another owner become free."""
+        for page in reversed(pages):
+            self._num_owners[page] -= 1
+            if self._num_owners[page]:
+                continue
+            self._free_pages.append(page)
+            if page in self._tainted:
+                self._tainted.remove(page)
                 for store in (*self.keys, *self.values, self.hidden):
                     store.view(self.num_pages + 1, -1)[page] = 0
-        self.page_table[sequence.seat, : len(sequence.pages)] = SCRATCH_PAGE
-        self._free_pages.extend(reversed(sequence.pages))
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Allocate pages up to the front token; False when they run out on the way."""
+        while len(sequence.pages) < self.pages_for(sequence.front + 1):
+            if not self._free_pages:
+                return False
+            self._allocate(sequence)
+        return True
+
+    def _allocate(self, sequence: Sequence) -> None:
+        page = self._free_pages.pop()
+        self._num_owners[page] = 1
+        self.page_table[sequence.seat, len(sequence.pages)] = page
+        sequence.pages.append(page)
+        if sequence.promised:
+            sequence.promised -= 1
+            self._num_promised -= 1
+
+    def taint(self, pages: list[int]) -> None:
+        """Zero these pages before they get another owner, because they may hold NaN.
+
+        A masked key is multiplied by zero, and NaN would survive that in attention.
+        """
+        self._tainted.update(pages)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back seat, pages and promise of a resident sequence."""
+        self.page_table[sequence.seat] = SCRATCH_PAGE
+        self._num_promised -= sequence.promised
         self._free_seats.append(sequence.seat)
-        self._reserved -= self.pages_for(sequence.max_positions)
-        sequence.pages, sequence.seat = [], -1
+        self.drop(sequence.pages)
+        sequence.pages, sequence.seat, sequence.promised = [], -1, 0
 
     @staticmethod
     def slot(sequence: Sequence, position: int) -> int:
@@ -141,55 +230,59 @@ class KvPool:
         page, offset = divmod(position, PAGE_SIZE)
         return sequence.pages[page] * PAGE_SIZE + offset
 
-    def token_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of the stores that hold the tokens at slots [N], [N * num_kv_heads]."""
-        page, offset = slots[:, None] // PAGE_SIZE, slots[:, None] % PAGE_SIZE
-        return ((page * self.num_kv_heads + self._heads) * PAGE_SIZE + offset).view(-1)
-
-    def page_rows(self, pages: torch.Tensor) -> torch.Tensor:
-        """What `read` takes for pages [B, P]: [B, num_kv_heads, P]."""
-        return pages[:, None, :] * self.num_kv_heads + self._heads[None, :, None]
+    # --- keys and values -------------------------------------------------------------------------
 
     def write(
-        self, layer_index: int, token_rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, layer_index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Store keys (after rotary) and values, both [N, num_kv_heads, D]."""
-        width = key.shape[-1]
-        self.keys[layer_index].index_copy_(0, token_rows, key.reshape(-1, width))
-        self.values[layer_index].index_copy_(0, token_rows, value.reshape(-1, width))
+        """Store keys (after rotary) and values, both [N, num_kv_heads, D], at slots [N]."""
+        index = self._elements(slots)
+        keys, values = self._by_token(layer_index)
+        keys[index] = key
+        values[index] = value
 
-    def read(self, layer_index: int, page_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the keys and values of whole pages.
+    def tokens(self, layer_index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values at slots [N], both [N, num_kv_heads, D]."""
+        index = self._elements(slots)
+        keys, values = self._by_token(layer_index)
+        return keys[index], values[index]
 
-        Args:
-            layer_index: 0-based layer.
-            page_rows: [B, num_kv_heads, P], see `page_rows`.
+    def read(self, layer_index: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values of whole pages [B, P].
 
         Returns:
             Two contiguous tensors [B, num_kv_heads, P * PAGE_SIZE, D].
         """
-        batch, heads, columns = page_rows.shape
-        flat = page_rows.view(-1)
-        shape = (batch, heads, columns * PAGE_SIZE, -1)
-        key, value = (
-            store[layer_index]
-            .view((self.num_pages + 1) * heads, -1)
-            .index_select(0, flat)
-            .view(shape)
-            for store in (self.keys, self.values)
+        batch, columns = pages.shape
+        rows = pages[:, None, :] * self.num_kv_heads + self._heads[None, :, None]
+        keys, values = (
+            store.flatten(0, 1).index_select(0, rows.flatten())
+            for store in self._by_token(layer_index)
         )
-        return key, value
+        shape = (batch, self.num_kv_heads, columns * PAGE_SIZE, self._head_size)
+        return keys.reshape(shape), values.reshape(shape)
+
+    def _elements(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Index of the tokens at slots [N] in what `_by_token` gives."""
+        column = slots[:, None]
+        return column // PAGE_SIZE, self._heads[None], column % PAGE_SIZE
+
+    def _by_token(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [num_pages + 1, num_kv_heads, PAGE_SIZE, D] of a layer's keys and values."""
+        stem = (self.num_pages + 1, self.num_kv_heads)
+        values = self.values[layer_index].view(*stem, PAGE_SIZE, self._head_size)
+        keys = self.keys[layer_index]
+        if self._by_lane:
+            return keys.view(*stem, self._head_size, PAGE_SIZE).transpose(2, 3), values
+        return keys.view(*stem, PAGE_SIZE, self._head_size), values
 
 
-def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros [rows, columns], for even a masked key must be finite.
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros [size], for even a masked key must be finite.
 
     On the CPU they come from `calloc`, so that memory nobody writes is never touched;
     `torch.zeros` would touch all of it.
     """
     if device.type != "cpu":
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
-    num_bytes = rows * columns * dtype.itemsize
-    return (
-        torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(rows, columns)
-    )
+        return torch.zeros(size, dtype=dtype, device=device)
+    return torch.from_numpy(numpy.zeros(size * dtype.itemsize, dtype=numpy.uint8)).view(dtype)

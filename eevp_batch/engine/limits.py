@@ -8,11 +8,12 @@ import psutil
 import torch
 
 from eevp_batch.engine.kv_cache import PAGE_SIZE
+from eevp_batch.engine.segment_times import full_batch
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import EngineSpec
 
-AUTO_BATCH = {"cpu": 64, "cuda": 256}
+AUTO_BATCH = {"cpu": 192, "cuda": 256}
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
 AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
 AUTO_DEVICE_SHARE = 0.85
@@ -25,32 +26,37 @@ class Limits:
 
     Attributes:
         max_batch: sequences per segment run.
+        full_batch: sequences from which on a segment run need not wait for more.
         max_resident: sequences in memory; more than a batch when there are exits, so that a full
             batch can gather at each depth.
         max_tokens: packed tokens per segment run, prompts included.
         num_pages: pages of the KV pool.
         max_pages: pages of the longest sequence.
+        shares_prefixes: whether prompt beginnings that rows share are computed once.
         age_cap: steps after which waiting outweighs a full batch.
     """
 
     max_batch: int
+    full_batch: int
     max_resident: int
     max_tokens: int
     num_pages: int
     max_pages: int
+    shares_prefixes: bool = True
     age_cap: int = AGE_CAP_STEPS
 
 
 def page_bytes(model: SegmentedModel) -> int:
     """Bytes of one page: keys, values and the hidden state of `PAGE_SIZE` tokens."""
-    kv_width = 2 * model.num_layers * model.num_kv_heads * model.head_size
-    return PAGE_SIZE * (kv_width + model.hidden_size) * model.dtype.itemsize
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * model.dtype.itemsize
+    return PAGE_SIZE * (kv_bytes + model.hidden_size * model.layers.hidden_dtype.itemsize)
 
 
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
     """Replace every `auto` by a number that fits this model and this machine.
 
-    The batch is 64 sequences on a CPU and 256 on a GPU. Resident are one batch per segment. Keys
+    The batch is 192 sequences on a CPU and 256 on a GPU. Resident are so many, and a full batch for
+    each depth but the first, so that the deep queues fill while the first one runs. Keys
     and values get what those could use at full context, at most a quarter of the free host memory
     and 4 GiB, or 85 % of the free device memory.
 
@@ -59,9 +65,10 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
     """
     kind = model.device.type
     max_batch = AUTO_BATCH[kind] if engine.max_batch == "auto" else engine.max_batch
-    max_resident = (
-        max_batch * model.num_segments if engine.max_resident == "auto" else engine.max_resident
-    )
+    full = full_batch(model, max_batch) if model.num_segments > 1 else max_batch
+    max_resident = max_batch + (model.num_segments - 1) * full
+    if engine.max_resident != "auto":
+        max_resident = engine.max_resident
     max_pages = -(-context_length // PAGE_SIZE)
     one_page = page_bytes(model)
     budget = _auto_bytes(model.device) if engine.kv_memory == "auto" else engine.kv_memory
@@ -73,10 +80,12 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
         )
     return Limits(
         max_batch=max_batch,
+        full_batch=full,
         max_resident=max_resident,
         max_tokens=max(AUTO_TOKENS[kind], max_batch),
         num_pages=num_pages,
         max_pages=max_pages,
+        shares_prefixes=engine.prefix_sharing,
     )
 
 

@@ -1,26 +1,26 @@
 """A Hugging Face decoder cut at its exit layers.
 
-The model's own embedding, layers, norms, rotary embedding and head run unchanged; attention goes
-through `engine.attention`. One adapter serves the Llama family: Llama, SmolLM2, Mistral, Qwen2,
-Qwen3. Knows packed tokens and the pool, nothing of sequences, exits or sampling.
+One adapter serves the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen3. Layers run as
+transformers wrote them (`ModuleLayers`), or on a CPU in a faster shape (`FusedLayers`). Knows
+packed tokens and the pool, nothing of sequences, exits or sampling.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from eevp_batch.engine.attention import ATTENTION_NAME
-from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.fused import FusedLayers, can_fuse
 from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.module_layers import ModuleLayers
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.errors import ModelError
+
+_log = logging.getLogger(__name__)
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # These two choose their frequencies by the longest position in the batch, so that a row's output
@@ -29,11 +29,11 @@ REFUSED_ROPE_TYPES = ("dynamic", "longrope")
 
 
 class SegmentOutput(NamedTuple):
-    """States of the front tokens after a segment.
+    """States of the scored tokens after a segment; under most KV policies the front tokens.
 
     Attributes:
-        hidden: [B, E] after the segment's last layer.
-        before: [B, E] before that layer.
+        hidden: [S, E] after the segment's last layer.
+        before: [S, E] before that layer.
     """
 
     hidden: torch.Tensor
@@ -44,8 +44,8 @@ class SegmentedModel:
     """Runs one segment of a decoder over packed tokens.
 
     Args:
-        model: a `...ForCausalLM` of a supported family, in evaluation mode. Its attention
-            implementation is set to this package's.
+        model: a `...ForCausalLM` of a supported family, in evaluation mode. Where its own modules
+            run, their attention is set to this package's.
         exit_layers: e_1 < ... < e_D = L.
 
     Raises:
@@ -76,18 +76,20 @@ class SegmentedModel:
                 f"exit layers: found {list(exit_layers)}; allowed: increasing layers, the last "
                 f"one {self.num_layers}"
             )
-        model.config._attn_implementation = ATTENTION_NAME
         self.config = config
-        self.layers: Sequence[Any] = model.model.layers
-        self._embed: nn.Embedding = model.model.embed_tokens
-        self._norm: nn.Module = model.model.norm
-        self._rotary: nn.Module = model.model.rotary_emb
-        self._head: nn.Linear = model.lm_head
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self.head_size: int = self.layers[0].self_attn.head_dim
+        self.head_size: int = model.model.layers[0].self_attn.head_dim
         self.hidden_size: int = config.hidden_size
-        self.vocab_size: int = self._head.weight.shape[0]
+        self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
+        self.vocab_size: int = self.head_weight.shape[0]
+        objection = can_fuse(model)
+        self.layers: FusedLayers | ModuleLayers
+        if objection is None:
+            self.layers = FusedLayers(model)
+        else:
+            _log.info("layers run as transformers wrote them: %s", objection)
+            self.layers = ModuleLayers(model)
 
     @property
     def num_segments(self) -> int:
@@ -96,16 +98,11 @@ class SegmentedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._head.weight.dtype
+        return self.head_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._head.weight.device
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """[V, E]."""
-        return self._head.weight
+        return self.head_weight.device
 
     def segment_layers(self, depth: int) -> range:
         """0-based indices of the layers that segment `depth` runs."""
@@ -120,83 +117,22 @@ class SegmentedModel:
         when a deeper segment could ask for them.
 
         Returns:
-            The front tokens' states, [B, E] each, in the order of the pack's sequences.
+            The scored tokens' states, [S, E] each, in the order of the pack's sequences.
         """
         if tokens.token_ids is not None:
-            hidden = self._embed(tokens.token_ids)  # [N, E]
+            hidden = self.layers.embed(tokens.token_ids)  # [N, E]
         else:
             hidden = pool.hidden.index_select(0, tokens.slots)
-        rotary = self.rotary(tokens.positions, hidden)
-        waiting = _WaitingStates(self, tokens, pool) if len(tokens.project_slots) else None
-        before = hidden
-        for index in self.segment_layers(depth):
-            if waiting is not None:
-                waiting.project(index)
-            before = hidden
-            hidden = self.layers[index](
-                before[None], position_embeddings=rotary, layout=tokens.layout
-            )[0]
+        hidden, before = self.layers.run(self.segment_layers(depth), hidden, tokens, pool)
         if depth + 1 < self.num_segments:
             real = slice(tokens.num_tokens)
             pool.hidden.index_copy_(0, tokens.slots[real], hidden[real])
-        return SegmentOutput(
-            hidden.index_select(0, tokens.front_rows), before.index_select(0, tokens.front_rows)
-        )
-
-    def rotary(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cosines and sines [1, N, D] at positions [N], in the type of `like`."""
-        out: tuple[torch.Tensor, ...] = self._rotary(like[None], position_ids=positions[None])
-        return out
-
-    def project(
-        self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that layer `index` would give to states that skipped it.
-
-        The state that a token left with is taken for the state before the layer (CALM, section
-        3.4; the paper's `propagate`): the layer's own norm and projections, then rotary.
-
-        Args:
-            index: 0-based layer.
-            hidden: [W, E].
-            rotary: cosines and sines [1, W, D].
-
-        Returns:
-            Keys and values [W, num_kv_heads, D].
-        """
-        layer = self.layers[index]
-        attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
-        shape = (len(hidden), self.num_kv_heads, self.head_size)
-        key = attention.k_proj(normed).view(shape)
-        if hasattr(attention, "k_norm"):
-            key = attention.k_norm(key)
-        key = key.transpose(0, 1)[None]  # [1, num_kv_heads, W, D]
-        _, key = apply_rotary_pos_emb(key, key, *rotary)
-        return key[0].transpose(0, 1), attention.v_proj(normed).view(shape)
+        return SegmentOutput(hidden.index_select(0, tokens.scored_rows), before)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""
-        out: torch.Tensor = self._norm(hidden)
-        return out
+        return self.layers.normed(hidden)
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
         """LM-head scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
-        rows = len(normed)
-        padded = pad(normed, (0, 0, 0, -rows % ROW_MULTIPLE))
-        out: torch.Tensor = self._head(padded)[:rows]
-        return out
-
-
-class _WaitingStates:
-    """The tokens of a pack that are only projected: their states, read once for all layers."""
-
-    def __init__(self, model: SegmentedModel, tokens: PackedTokens, pool: KvPool) -> None:
-        self._model, self._pool, self._rows = model, pool, tokens.project_rows
-        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
-        self._rotary = model.rotary(tokens.project_positions, self._hidden)
-
-    def project(self, index: int) -> None:
-        """Write their keys/values of layer `index`."""
-        key, value = self._model.project(index, self._hidden, self._rotary)
-        self._pool.write(index, self._rows, key, value)
+        return self.layers.scores(normed)

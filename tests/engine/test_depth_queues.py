@@ -14,6 +14,7 @@ def queues(num_depths: int = 3, max_batch: int = 4, **settings: int) -> DepthQue
     return DepthQueues(
         num_depths,
         max_batch,
+        full_batch=settings.get("full_batch", max_batch),
         max_tokens=settings.get("max_tokens", 1000),
         age_cap=settings.get("age_cap", 8),
     )
@@ -34,6 +35,24 @@ def test_deepest_full_queue_runs_first() -> None:
     for i in range(4, 8):
         q.push(2, i)
     assert q.pop(one_token) == (2, [4, 5, 6, 7]), "the deep queue holds a full batch"
+
+
+def test_a_full_batch_may_be_smaller_than_the_largest() -> None:
+    q = queues(full_batch=2)
+    for i in range(4):
+        q.push(0, i)
+    q.push(2, 4)
+    q.push(2, 5)
+    assert q.pop(one_token) == (2, [4, 5]), "two are enough down there"
+    assert q.pop(one_token) == (0, [0, 1, 2, 3]), "and a batch still takes all that it can"
+
+
+def test_a_sequence_can_be_taken_out() -> None:
+    q = queues()
+    for i in range(3):
+        q.push(1, i)
+    q.remove(1)
+    assert q.pop(one_token) == (1, [0, 2])
 
 
 def test_without_a_full_queue_the_fullest_runs() -> None:
@@ -80,6 +99,7 @@ def test_a_deep_sequence_runs_although_the_shallow_queue_stays_full() -> None:
 walks = st.tuples(
     st.integers(1, 4),  # depths
     st.integers(1, 5),  # batch
+    st.integers(1, 5),  # full batch
     st.integers(1, 30),  # residents
     st.integers(0, 12),  # age cap
     st.integers(1, 20),  # token limit
@@ -89,8 +109,8 @@ walks = st.tuples(
 
 @given(walks)
 def test_walk_keeps_one_queue_each_in_order_and_nobody_starves(walk) -> None:  # type: ignore[no-untyped-def]
-    num_depths, max_batch, residents, age_cap, max_tokens, random = walk
-    q: DepthQueues[int] = DepthQueues(num_depths, max_batch, max_tokens, age_cap)
+    num_depths, max_batch, full_batch, residents, age_cap, max_tokens, random = walk
+    q: DepthQueues[int] = DepthQueues(num_depths, max_batch, full_batch, max_tokens, age_cap)
     shadow: list[deque[int]] = [deque() for _ in range(num_depths)]
     pushed_at = dict.fromkeys(range(residents), 0)
     for i in range(residents):

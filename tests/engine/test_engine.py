@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.load import load
+from eevp_batch.engine.residents import EXPECT_AFTER
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
@@ -25,16 +26,12 @@ def watch_releases(pool: KvPool, seen: list[tuple[Sequence, list[Any]]]) -> None
     """Copy each sequence's keys/values, by layer, just before its pages go back."""
     release = pool.release
 
-    def copying(sequence: Sequence, *, scrub: bool = False) -> None:
+    def copying(sequence: Sequence) -> None:
         count = sequence.filled[-1]
         slots = torch.tensor([pool.slot(sequence, position) for position in range(count)])
-        rows = pool.token_rows(slots)
-        kept = [
-            (pool.keys[i][rows].view(count, -1), pool.values[i][rows].view(count, -1))
-            for i in range(6)
-        ]
+        kept = [[part.view(count, -1) for part in pool.tokens(i, slots)] for i in range(6)]
         seen.append((sequence, kept))
-        release(sequence, scrub=scrub)
+        release(sequence)
 
     pool.release = copying  # type: ignore[method-assign]
 
@@ -81,14 +78,16 @@ def test_skipped_layers_hold_projections_of_the_exit_state(
     assert num_checked > 50, "the threshold must let tokens leave and others go deep after them"
 
 
-def test_nan_in_one_row_is_its_own_error(tiny_llama: Path, prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
+def test_nan_in_one_row_is_its_own_error(tiny_llama: Path, prompts: list[Prompt], kv: str) -> None:
     """A row whose scores are NaN fails alone, also for those who get its pages next."""
     model = load_model(tiny_llama)
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_ID] = torch.nan
     limits = {"max_resident": 4}
     clean = [Prompt(p.row_id, [min(i, NAN_ID - 1) for i in p.token_ids]) for p in prompts]
-    healthy = make_engine(tiny_llama, layers=[2, 4], max_batch=4, limits=limits, model=model)
+    exits = {"layers": [2, 4], "kv": kv}
+    healthy = make_engine(tiny_llama, max_batch=4, limits=limits, model=model, **exits)
     expected = run(healthy, clean)
     poisoned = [Prompt(f"bad-{row}", [5, NAN_ID, *range(10, 40)]) for row in range(6)]
     mixed = [prompt for pair in zip(clean, poisoned * 4, strict=True) for prompt in pair]
@@ -165,8 +164,9 @@ def test_long_prompts_over_the_token_limit_of_a_step(tiny_llama: Path) -> None:
 
 def test_a_step_that_runs_nothing_while_work_remains_is_an_error(tiny_llama: Path) -> None:
     engine = make_engine(tiny_llama)
-    engine.pool.admit(Sequence(Prompt("squatter", [5] * 200), 1, 20, 0))
-    engine.pool._reserved = engine.pool.num_pages  # a leak, as a bug would leave it
+    squatter = Sequence(Prompt("squatter", [5] * 200), 1, 20, 0)
+    engine.pool.admit(squatter, 219, [])
+    engine.pool._num_promised = engine.pool.num_pages  # a leak, as a bug would leave it
     engine.add(Prompt("waits for ever", [5, 6, 7]))
     with pytest.raises(EngineStalledError, match="1 sequences wait"):
         engine.step()
@@ -179,8 +179,11 @@ def test_k_smaller_than_the_ids_always_kept_is_refused(tiny_llama: Path) -> None
         make_engine(tiny_llama, layers=[2], top_k=2, model=model)
 
 
+@pytest.mark.parametrize(
+    ("kv", "num_prompts"), [("propagate", 24), ("recompute", 7), ("verify", 7)]
+)
 def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
-    tiny_llama: Path, prompts: list[Prompt]
+    tiny_llama: Path, prompts: list[Prompt], kv: str, num_prompts: int
 ) -> None:
     """Rounding is coarse there, so near is not enough: it would show in the tokens.
 
@@ -189,12 +192,14 @@ def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
     settings = {
         "layers": [2, 4],
         "threshold": 0.35,
+        "kv": kv,
         "sampling": SamplingSpec(max_new_tokens=100),
     }
 
     def batches_of(size: int) -> dict[Any, Generation]:
         model = load_model(tiny_llama).bfloat16()
-        return run(make_engine(tiny_llama, model=model, max_batch=size, **settings), prompts)
+        engine = make_engine(tiny_llama, model=model, max_batch=size, **settings)
+        return run(engine, prompts[:num_prompts])
 
     mixed = batches_of(12)
     for size in (1, 2):
@@ -218,3 +223,19 @@ def test_strings_are_encoded_and_a_bad_one_is_its_own_failure(tiny_llama: Path) 
 def test_a_string_without_an_encoder_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(UsageError, match="found a string"):
         list(make_engine(tiny_llama).generate(["hello"]))
+
+
+def test_rows_that_run_out_of_pages_start_again_and_come_out_the_same(
+    tiny_llama: Path, prompts: list[Prompt]
+) -> None:
+    """Memory is promised for what generations had so far, so longer ones can run out of it."""
+    sampling = SamplingSpec(max_new_tokens=70)
+    settings = {"layers": [2, 4], "threshold": 0.3, "sampling": sampling}
+    expected = run(make_engine(tiny_llama, **settings), prompts)
+    engine = make_engine(tiny_llama, limits={"max_resident": 6, "kv_memory": 130_000}, **settings)
+    engine.stats.finished, engine.stats.exit_histogram[6] = EXPECT_AFTER, 1  # as if all were short
+    found = run(engine, prompts)
+    assert engine.stats.restarts > 0, "the promise must have been too small here"
+    for key, generation in expected.items():
+        assert found[key].token_ids == generation.token_ids
+        assert found[key].exit_layers == generation.exit_layers

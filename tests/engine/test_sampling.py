@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from eevp_batch.engine.sampling import choose, generation_seed, penalise, uniform
+from eevp_batch.engine.sampling import choices, draw, generation_seed, penalise, uniform
 from eevp_batch.spec import SamplingSpec
 
 
@@ -35,9 +35,10 @@ def test_numbers_are_even() -> None:
     assert chi_square < 33.7, "9 degrees of freedom: exceeded once in 10,000 when even"
 
 
-def test_temperature_zero_takes_the_first_largest() -> None:
-    scores = torch.tensor([[1.0, 5.0, 5.0], [2.0, 1.0, 0.0]])
-    assert choose(scores, torch.zeros(2), SamplingSpec()).tolist() == [1, 0]
+def test_each_purpose_has_numbers_of_its_own() -> None:
+    numbers = {uniform(5, step, purpose) for step in range(9) for purpose in ("", "a", "b")}
+    assert len(numbers) == 27
+    assert uniform(5, 3, "a") == uniform(5, 3, "a")
 
 
 @pytest.mark.parametrize(
@@ -59,16 +60,18 @@ def test_draws_follow_the_distribution_of_transformers_warpers(
     draws = 20_000
     numbers = (torch.arange(draws) + 0.5) / draws
     sampling = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p)
-    chosen = choose(scores.expand(draws, -1), numbers, sampling)
-    shares = torch.bincount(chosen, minlength=40) / draws
+    found = choices(scores, sampling)
+    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(1))
+    picked = draw(found.probabilities.expand(draws, -1), numbers)
+    shares = torch.bincount(found.columns[0][picked], minlength=40) / draws
     torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
 
 
-def test_a_number_close_to_one_stays_inside() -> None:
-    sampling = SamplingSpec(temperature=1.0, top_p=0.5)
-    almost_one = torch.tensor([1.0 - 2**-24])
-    scores = torch.tensor([[3.0, 2.9, -50.0, -60.0]])
-    assert choose(scores, almost_one, sampling).item() in (0, 1)
+@pytest.mark.parametrize("almost_one", [1.0 - 2**-24, 1.0])
+def test_a_number_close_to_one_stays_inside(almost_one: float) -> None:
+    weights = torch.tensor([[0.3, 0.1, 0.0, 0.0], [0.0, 3.0, 0.0, 1e-9]])
+    drawn = draw(weights, torch.tensor([almost_one] * 2))
+    assert weights[[0, 1], drawn].min() > 0, "what has no weight is never drawn"
 
 
 def test_penalty_equals_transformers() -> None:

@@ -1,0 +1,327 @@
+"""Decoder layers of the Llama family on a CPU: packed products, and one kernel between two of them.
+
+The same arithmetic as transformers' layers, held to them by tests, in another shape: query, key and
+value share one product, gate and up another, weights lie as oneDNN wants them, and everything
+between two products is one pass of `native/kernels.c`. The residual stream stays in float32 within
+and between segments, also for bfloat16 weights. A row's result does not depend on the other rows.
+
+Knows packed tokens and the pool, nothing of sequences, exits or sampling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from eevp_batch.engine import native
+from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.packing import PackedTokens
+
+PACK_ROWS = 64
+"""Rows that weights are laid out for; other numbers run on the same layout."""
+BLOCK_ROWS = 4
+"""Rows of one sequence that attention takes at once, so that a key is read once for them."""
+FEWEST_ROWS = 2
+"""A product with a single row is another kernel, whose sums have another order."""
+
+
+class PackedLinear:
+    """x W^T + b with the weight laid out for oneDNN, or as it is where oneDNN has no such product.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._bias = bias
+        self._packed = pack_weight(weight)
+        self._weight = weight if self._packed is None else None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, in] -> [N, out]; a row's result is the same for every N of at least 2."""
+        if self._packed is None:
+            return linear(rows, self._weight, self._bias)  # type: ignore[arg-type]
+        out: torch.Tensor = _linear(rows, self._packed, self._bias, "none", [], "")
+        return out
+
+
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight [out, in] in oneDNN's own layout; None where there is none for it here."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if weight.device.type != "cpu" or not has_onednn:
+        return None
+    if weight.dtype == torch.bfloat16:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+    elif weight.dtype != torch.float32:
+        return None
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+    return packed
+
+
+class FusedLayer:
+    """Weights of one layer. `layer` is transformers' own; its weights are copied."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = _stacked(qkv)
+        self.kv = _stacked(qkv[1:])
+        self.out = _stacked([attention.o_proj])
+        self.gate_up = _stacked([mlp.gate_proj, mlp.up_proj])
+        self.down = _stacked([mlp.down_proj])
+        self.input_norm = layer.input_layernorm.weight.float()
+        self.middle_norm = layer.post_attention_layernorm.weight.float()
+        self.q_norm = attention.q_norm.weight.float() if hasattr(attention, "q_norm") else None
+        self.k_norm = attention.k_norm.weight.float() if hasattr(attention, "k_norm") else None
+        self.window: int = _window(attention)
+        self.scaling: float = attention.scaling
+
+
+def _window(attention: Any) -> int:
+    """Positions that a token may look back; 0 without a limit. Mistral keeps it in its config."""
+    is_mistral = attention.config.model_type == "mistral"
+    owner = attention.config if is_mistral else attention
+    return getattr(owner, "sliding_window", None) or 0
+
+
+def _stacked(parts: Sequence[nn.Linear]) -> PackedLinear:
+    """Several products of the same rows as one."""
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    return PackedLinear(torch.cat([part.weight for part in parts]), bias)
+
+
+def can_fuse(model: Any) -> str | None:
+    """Why this model's layers cannot run here; None when they can."""
+    config, weight = model.config, model.lm_head.weight
+    attention = model.model.layers[0].self_attn
+    if weight.device.type != "cpu":
+        return f"device {weight.device.type}"
+    if native.kernels(weight.dtype) is None:
+        return f"no kernels for {weight.dtype}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act}"
+    if attention.head_dim % 8 or attention.head_dim > 256:
+        return f"head size {attention.head_dim}"
+    if config.hidden_size % 16 or config.intermediate_size % 16:
+        return f"widths {config.hidden_size}, {config.intermediate_size}"
+    return None
+
+
+class FusedLayers:
+    """Runs layers over packed tokens.
+
+    Args:
+        model: a `...ForCausalLM` for which `can_fuse` has no objection.
+    """
+
+    hidden_dtype = torch.float32
+    by_lane = True
+    row_multiple = FEWEST_ROWS
+
+    def __init__(self, model: Any) -> None:
+        config, weight = model.config, model.lm_head.weight
+        kernels = native.kernels(weight.dtype)
+        if kernels is None:
+            raise ValueError(f"no kernels for {weight.dtype}")
+        self._kernels = kernels
+        self._dtype: torch.dtype = weight.dtype
+        self._eps: float = config.rms_norm_eps
+        self._layers = [FusedLayer(layer) for layer in model.model.layers]
+        self._num_heads: int = config.num_attention_heads
+        self._num_kv_heads: int = config.num_key_value_heads
+        self._head_size: int = model.model.layers[0].self_attn.head_dim
+        self._rotary: nn.Module = model.model.rotary_emb
+        self._embed: torch.Tensor = model.model.embed_tokens.weight
+        self._final_norm: torch.Tensor = model.model.norm.weight.float()
+        self._head = PackedLinear(weight)
+        self._scratch: dict[str, torch.Tensor] = {}
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """States [N, E] float32 that ids [N] enter with."""
+        return self._embed.index_select(0, token_ids).float()
+
+    def run(
+        self, indices: range, hidden: torch.Tensor, tokens: PackedTokens, pool: KvPool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run layers `indices` (0-based) over hidden [N, E], which is overwritten.
+
+        Returns:
+            The rows' states [N, E], and those of the front rows before the last layer, [B, E].
+        """
+        tables = _Tables(self, tokens.positions)
+        attention = self._attention(tokens, pool, tables)
+        waiting = _Waiting(self, tokens, pool) if len(tokens.project_slots) else None
+        delta: torch.Tensor | None = None
+        before = hidden
+        for index in indices:
+            if waiting is not None:
+                waiting.project(index)
+            layer = self._layers[index]
+            normed = self._norm(hidden, delta, layer.input_norm, "normed")
+            if index == indices[-1]:
+                before = hidden.index_select(0, tokens.scored_rows)
+            mixed = self._attend(layer, index, normed, attention, pool)
+            normed = self._norm(hidden, layer.out(mixed), layer.middle_norm, "normed")
+            delta = layer.down(self._silu_mul(layer.gate_up(normed)))
+        if delta is not None:
+            self._kernels.eevp_add(hidden.data_ptr(), delta.data_ptr(), hidden.numel())
+        return hidden, before
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, [B, E] float32 -> [B, E] in the weights' type."""
+        return self._norm(hidden.contiguous(), None, self._final_norm, None)
+
+    def scores(self, normed: torch.Tensor) -> torch.Tensor:
+        """LM-head scores over the whole vocabulary, [B, E] -> [B, V] in the weights' type."""
+        return self._head(normed)
+
+    # --- between the products --------------------------------------------------------------------
+
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, width] of scratch memory that grows and stays."""
+        kept = self._scratch.get(name)
+        if kept is None or kept.numel() < rows * width:
+            kept = self._scratch[name] = torch.empty(rows * width, dtype=dtype)
+        return kept[: rows * width].view(rows, width)
+
+    def _norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, buffer: str | None
+    ) -> torch.Tensor:
+        """Add `delta` to x in place, then its norm."""
+        rows, width = x.shape
+        if buffer is None:
+            out = torch.empty(rows, width, dtype=self._dtype)
+        else:
+            out = self._buffer(buffer, rows, width, self._dtype)
+        self._kernels.eevp_norm(
+            x.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            self._eps,
+            out.data_ptr(),
+            rows,
+            width,
+        )
+        return out
+
+    def _silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = self._buffer("activated", rows, width, self._dtype)
+        self._kernels.eevp_silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        return out
+
+    def _attention(self, tokens: PackedTokens, pool: KvPool, tables: _Tables) -> native.Attention:
+        """The parts of the attention call that are the same for every layer."""
+        rows = tokens.num_rows
+        width = self._num_heads * self._head_size
+        blocks, seats = _blocks(tokens)
+        tables.keep += (blocks, seats)
+        return native.Attention(
+            cosine=tables.cosine.data_ptr(),
+            sine=tables.sine.data_ptr(),
+            slots=tokens.slots.data_ptr(),
+            positions=tokens.positions.data_ptr(),
+            seats=seats.data_ptr(),
+            page_table=pool.page_table.data_ptr(),
+            blocks=blocks.data_ptr(),
+            queries=self._buffer("queries", rows, width, torch.float32).data_ptr(),
+            out=self._buffer("mixed", rows, width, self._dtype).data_ptr(),
+            num_rows=rows,
+            num_blocks=len(blocks) - 1,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_size=self._head_size,
+            table_width=pool.page_table.shape[1],
+            eps=self._eps,
+        )
+
+    def _attend(
+        self,
+        layer: FusedLayer,
+        index: int,
+        normed: torch.Tensor,
+        attention: native.Attention,
+        pool: KvPool,
+    ) -> torch.Tensor:
+        """Attention's output before its last product, [N, H * D]."""
+        qkv = layer.qkv(normed)
+        self._call(layer, index, qkv, attention, pool)
+        width = self._num_heads * self._head_size
+        return self._scratch["mixed"][: len(normed) * width].view(-1, width)
+
+    def _call(
+        self,
+        layer: FusedLayer,
+        index: int,
+        projected: torch.Tensor,
+        attention: native.Attention,
+        pool: KvPool,
+    ) -> None:
+        attention.qkv = projected.data_ptr()
+        attention.keys, attention.values = pool.pointers[index]
+        attention.q_norm = None if layer.q_norm is None else layer.q_norm.data_ptr()
+        attention.k_norm = None if layer.k_norm is None else layer.k_norm.data_ptr()
+        attention.window, attention.scaling = layer.window, layer.scaling
+        self._kernels.eevp_attention(ctypes.byref(attention))
+
+
+class _Tables:
+    """Cosines and sines [N, D] float32 of a pack's positions."""
+
+    def __init__(self, layers: FusedLayers, positions: torch.Tensor) -> None:
+        like = torch.empty(1, dtype=torch.float32)
+        cosine, sine = layers._rotary(like, position_ids=positions[None])
+        self.cosine, self.sine = cosine[0].contiguous(), sine[0].contiguous()
+        self.keep: tuple[torch.Tensor, ...] = ()
+
+
+def _blocks(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """How attention walks a pack.
+
+    Returns:
+        First rows of the blocks that it takes at once, [num_blocks + 1] int32, and the row of the
+        page table of each pack row, [N] int64.
+    """
+    starts: list[int] = []
+    seats = [0] * tokens.num_rows
+    for span in tokens.spans:
+        starts += range(span.start, span.stop, BLOCK_ROWS)
+        seats[span.start : span.stop] = [span.seat] * (span.stop - span.start)
+    starts.append(tokens.num_tokens)
+    return torch.tensor(starts, dtype=torch.int32), torch.tensor(seats, dtype=torch.int64)
+
+
+class _Waiting:
+    """The tokens of a pack that are only projected: their states, read once for all layers."""
+
+    def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvPool) -> None:
+        self._layers, self._pool = layers, pool
+        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
+        self._tables = _Tables(layers, tokens.project_positions)
+        self._attention = native.Attention(
+            cosine=self._tables.cosine.data_ptr(),
+            sine=self._tables.sine.data_ptr(),
+            slots=tokens.project_slots.data_ptr(),
+            positions=tokens.project_positions.data_ptr(),
+            num_rows=len(tokens.project_slots),
+            num_kv_heads=layers._num_kv_heads,
+            head_size=layers._head_size,
+            eps=layers._eps,
+        )
+
+    def project(self, index: int) -> None:
+        """Write their keys/values of layer `index` (CALM, section 3.4)."""
+        layers = self._layers
+        layer = layers._layers[index]
+        normed = layers._norm(self._hidden, None, layer.input_norm, "waiting")
+        layers._call(layer, index, layer.kv(normed), self._attention, self._pool)

@@ -1,0 +1,390 @@
+/* CPU kernels of a decoder layer, between its matrix products.
+ *
+ * Every result row is computed by one thread in an order that depends on that row alone, so a row
+ * is the same to the last bit whatever else is in the batch, however a prompt was cut into packs,
+ * and whatever the number of threads.
+ *
+ * Built once per element type by build.py: -DEEVP_BF16 for bfloat16 activations, else float32.
+ * Sums are float32 throughout. Heads must be a multiple of 8 wide, other widths a multiple of 16.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define PAGE 16        /* tokens per page, see kv_cache.PAGE_SIZE */
+#define CHUNK_PAGES 16 /* pages between two updates of the running softmax */
+#define CHUNK (PAGE * CHUNK_PAGES)
+#define MAX_QUERIES 4 /* query vectors that share one pass over a page */
+#define MAX_HEAD 256
+
+typedef float vec16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t uvec16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ivec16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t hvec16 __attribute__((vector_size(32), aligned(2)));
+typedef float vec8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t uvec8 __attribute__((vector_size(32), aligned(4)));
+typedef uint16_t hvec8 __attribute__((vector_size(16), aligned(2)));
+
+#ifdef EEVP_BF16
+typedef uint16_t elem;
+
+static inline vec16 load16(const elem *p) {
+#ifdef __AVX512F__ /* one instruction; GCC 12 makes four of the portable form */
+    return (vec16)((uvec16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
+#else
+    return (vec16)(__builtin_convertvector(*(const hvec16 *)p, uvec16) << 16);
+#endif
+}
+static inline vec8 load8(const elem *p) {
+    return (vec8)(__builtin_convertvector(*(const hvec8 *)p, uvec8) << 16);
+}
+/* Round to nearest, ties to even. */
+static inline void store16(elem *p, vec16 x) {
+    uvec16 u = (uvec16)x;
+    *(hvec16 *)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec16);
+}
+static inline void store8(elem *p, vec8 x) {
+    uvec8 u = (uvec8)x;
+    *(hvec8 *)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec8);
+}
+static inline float load1(const elem *p) {
+    union { uint32_t u; float f; } x = {(uint32_t)*p << 16};
+    return x.f;
+}
+static inline void store1(elem *p, float f) {
+    union { float f; uint32_t u; } x = {f};
+    *p = (uint16_t)((x.u + 0x7fff + ((x.u >> 16) & 1)) >> 16);
+}
+#else
+typedef float elem;
+
+static inline vec16 load16(const elem *p) { return *(const vec16 *)p; }
+static inline vec8 load8(const elem *p) { return *(const vec8 *)p; }
+static inline void store16(elem *p, vec16 x) { *(vec16 *)p = x; }
+static inline void store8(elem *p, vec8 x) { *(vec8 *)p = x; }
+static inline float load1(const elem *p) { return *p; }
+static inline void store1(elem *p, float f) { *p = f; }
+#endif
+
+static inline vec16 splat16(float x) { return (vec16){0} + x; }
+
+static inline float sum16(vec16 x) {
+    float total = 0;
+    for (int i = 0; i < 8; i++) total += x[i] + x[i + 8];
+    return total;
+}
+
+static inline float max16(vec16 x) {
+    float best = x[0];
+    for (int i = 1; i < 16; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+static inline vec16 pick16(ivec16 mask, vec16 yes, vec16 no) {
+    return (vec16)((mask & (ivec16)yes) | (~mask & (ivec16)no));
+}
+
+/* exp(x): 2^n * p(r), |r| <= ln 2 / 2, a degree 6 polynomial; 0 below -87.3, relative error about
+ * 1e-7. NaN stays NaN. */
+static inline vec16 exp16(vec16 x) {
+    ivec16 under = x < splat16(-87.3f);
+    x = pick16(x > splat16(88.0f), splat16(88.0f), x);
+    vec16 safe = pick16(under, splat16(0), x);
+    vec16 scaled = safe * 1.44269504f;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    vec16 n = (scaled + magic) - magic;
+    vec16 r = safe - n * 0.693359375f + n * 2.12194440e-4f;
+    vec16 p = r * 1.3888889e-3f + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    ivec16 power = (__builtin_convertvector(n, ivec16) + 127) << 23;
+    return pick16(under, splat16(0), p * (vec16)power);
+}
+
+/* x [N, E] += delta [N, E] where there is one; out [N, E] = x / rms(x) * weight [E]. */
+void eevp_norm(float *x, const elem *delta, const float *weight, float eps, elem *out,
+               int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > 8192)
+    for (int64_t n = 0; n < rows; n++) {
+        float *row = x + n * width;
+        vec16 squares = {0};
+        for (int64_t i = 0; i < width; i += 16) {
+            vec16 v = *(vec16 *)(row + i);
+            if (delta) {
+                v += load16(delta + n * width + i);
+                *(vec16 *)(row + i) = v;
+            }
+            squares += v * v;
+        }
+        float scale = 1.0f / sqrtf(sum16(squares) / (float)width + eps);
+        for (int64_t i = 0; i < width; i += 16)
+            store16(out + n * width + i, *(vec16 *)(row + i) * scale * *(const vec16 *)(weight + i));
+    }
+}
+
+/* x += delta, `size` elements. */
+void eevp_add(float *x, const elem *delta, int64_t size) {
+#pragma omp parallel for if (size > 8192)
+    for (int64_t i = 0; i < size; i += 16) *(vec16 *)(x + i) += load16(delta + i);
+}
+
+/* out [N, I] = silu(gate) * up, of gate_up [N, 2 I]. */
+void eevp_silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > 8192)
+    for (int64_t n = 0; n < rows; n++) {
+        const elem *gate = gate_up + n * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i += 16) {
+            vec16 g = load16(gate + i);
+            store16(out + n * width + i, g / (1.0f + exp16(-g)) * load16(up + i));
+        }
+    }
+}
+
+/* One head: norm (where the family has one), rotary embedding, factor. in [D] -> out [D]. */
+static void turn_head(const elem *in, const float *norm, float eps, const float *cosine,
+                      const float *sine, float factor, float *out, int64_t width) {
+    float x[MAX_HEAD];
+    for (int64_t i = 0; i < width; i += 8) *(vec8 *)(x + i) = load8(in + i);
+    if (norm) {
+        float squares = 0;
+        for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
+        float scale = 1.0f / sqrtf(squares / (float)width + eps);
+        for (int64_t i = 0; i < width; i++) x[i] = x[i] * scale * norm[i];
+    }
+    int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = (x[i] * cosine[i] - x[i + half] * sine[i]) * factor;
+        out[i + half] = (x[i + half] * cosine[i + half] + x[i] * sine[i + half]) * factor;
+    }
+}
+
+/* What the attention of one layer needs; the same structure stands in attention.py. */
+typedef struct {
+    const elem *qkv;       /* [N, (H + 2 HK) D], not rotated */
+    const float *cosine;   /* [N, D] */
+    const float *sine;     /* [N, D] */
+    const float *q_norm;   /* [D] or null */
+    const float *k_norm;   /* [D] or null */
+    const int64_t *slots;  /* [N] where each row's key and value go */
+    const int64_t *positions; /* [N] */
+    const int64_t *seats;     /* [N] row of the page table */
+    const int64_t *page_table; /* [seats, P] */
+    const int32_t *blocks; /* [num_blocks + 1] first row of each block; a block's rows are one
+                              sequence's, at consecutive positions */
+    elem *keys;            /* [pages, HK, D, PAGE] */
+    elem *values;          /* [pages, HK, PAGE, D] */
+    float *queries;        /* [N, H, D] scratch */
+    elem *out;             /* [N, H, D] */
+    int64_t num_rows, num_blocks, num_heads, num_kv_heads, head_size, table_width;
+    int64_t window; /* positions that a row may look back, itself included; 0: all */
+    float eps, scaling;
+} Attention;
+
+static void write_row(const Attention *a, int64_t n) {
+    int64_t D = a->head_size, HK = a->num_kv_heads;
+    const elem *q = a->qkv + n * (a->num_heads + 2 * HK) * D;
+    const elem *k = q + a->num_heads * D, *v = k + HK * D;
+    const float *cosine = a->cosine + n * D, *sine = a->sine + n * D;
+    for (int64_t h = 0; h < a->num_heads; h++)
+        turn_head(q + h * D, a->q_norm, a->eps, cosine, sine, a->scaling,
+                  a->queries + (n * a->num_heads + h) * D, D);
+    int64_t page = a->slots[n] / PAGE, offset = a->slots[n] % PAGE;
+    float turned[MAX_HEAD];
+    for (int64_t h = 0; h < HK; h++) {
+        turn_head(k + h * D, a->k_norm, a->eps, cosine, sine, 1.0f, turned, D);
+        elem *key = a->keys + (page * HK + h) * D * PAGE + offset;
+        for (int64_t d = 0; d < D; d++) store1(key + d * PAGE, turned[d]);
+        elem *value = a->values + ((page * HK + h) * PAGE + offset) * D;
+        for (int64_t d = 0; d < D; d++) value[d] = v[h * D + d];
+    }
+}
+
+/* The query vectors of one key head that are taken together. */
+typedef struct {
+    const float *query[MAX_QUERIES];
+    int64_t last[MAX_QUERIES], first[MAX_QUERIES]; /* positions that each may look at */
+    elem *out[MAX_QUERIES];
+} Queries;
+
+/* Scores of one page, [R][PAGE]: lanes are the page's tokens, so no sum crosses lanes. Two partial
+ * sums keep the multipliers busy. The page's values and the next page's keys are fetched meanwhile:
+ * pages lie anywhere, and no hardware guesses the next one. */
+#define SCORE_PAGE(R)                                                                   \
+    static inline void score_page_##R(const Queries *qs, const elem *key,               \
+                                      const elem *value, const elem *next, int64_t D,   \
+                                      float (*scores)[CHUNK], int64_t at) {             \
+        vec16 even[R], odd[R];                                                          \
+        for (int r = 0; r < R; r++) even[r] = odd[r] = (vec16){0};                      \
+        for (int64_t d = 0; d < D; d += 2) {                                            \
+            __builtin_prefetch(value + d * PAGE);                                       \
+            __builtin_prefetch(next + d * PAGE);                                        \
+            if (sizeof(elem) > 2) {                                                     \
+                __builtin_prefetch(value + (d + 1) * PAGE);                             \
+                __builtin_prefetch(next + (d + 1) * PAGE);                              \
+            }                                                                           \
+            vec16 k = load16(key + d * PAGE), l = load16(key + (d + 1) * PAGE);         \
+            for (int r = 0; r < R; r++) {                                               \
+                even[r] += k * qs->query[r][d];                                         \
+                odd[r] += l * qs->query[r][d + 1];                                      \
+            }                                                                           \
+        }                                                                               \
+        for (int r = 0; r < R; r++) *(vec16 *)(scores[r] + at) = even[r] + odd[r];      \
+    }
+
+/* acc [R][D] += weights [R][PAGE] values [PAGE, D]; 16 columns (or 8) at a time. */
+#define ADD_VALUES(R)                                                                   \
+    static inline void add_values_##R(float (*weights)[CHUNK], int64_t at,              \
+                                      const elem *value, int64_t D,                     \
+                                      float (*acc)[MAX_HEAD]) {                         \
+        int64_t c = 0;                                                                  \
+        for (; c + 16 <= D; c += 16) {                                                  \
+            vec16 sums[R];                                                              \
+            for (int r = 0; r < R; r++) sums[r] = *(vec16 *)(acc[r] + c);               \
+            for (int t = 0; t < PAGE; t++) {                                            \
+                vec16 v = load16(value + t * D + c);                                    \
+                for (int r = 0; r < R; r++) sums[r] += v * weights[r][at + t];          \
+            }                                                                           \
+            for (int r = 0; r < R; r++) *(vec16 *)(acc[r] + c) = sums[r];               \
+        }                                                                               \
+        for (; c < D; c += 8)                                                           \
+            for (int r = 0; r < R; r++) {                                               \
+                vec8 sum = *(vec8 *)(acc[r] + c);                                       \
+                for (int t = 0; t < PAGE; t++)                                          \
+                    sum += load8(value + t * D + c) * weights[r][at + t];               \
+                *(vec8 *)(acc[r] + c) = sum;                                            \
+            }                                                                           \
+    }
+
+SCORE_PAGE(1) SCORE_PAGE(2) SCORE_PAGE(3) SCORE_PAGE(4)
+ADD_VALUES(1) ADD_VALUES(2) ADD_VALUES(3) ADD_VALUES(4)
+
+static inline void score_page(int R, const Queries *qs, const elem *key, const elem *value,
+                              const elem *next, int64_t D, float (*scores)[CHUNK], int64_t at) {
+    if (R == 1) score_page_1(qs, key, value, next, D, scores, at);
+    else if (R == 2) score_page_2(qs, key, value, next, D, scores, at);
+    else if (R == 3) score_page_3(qs, key, value, next, D, scores, at);
+    else score_page_4(qs, key, value, next, D, scores, at);
+}
+
+static inline void add_values(int R, float (*weights)[CHUNK], int64_t at, const elem *value,
+                              int64_t D, float (*acc)[MAX_HEAD]) {
+    if (R == 1) add_values_1(weights, at, value, D, acc);
+    else if (R == 2) add_values_2(weights, at, value, D, acc);
+    else if (R == 3) add_values_3(weights, at, value, D, acc);
+    else add_values_4(weights, at, value, D, acc);
+}
+
+/* Turns a query's scores of positions start .. start + count - 1 into weights; the running maximum,
+ * sum and accumulator follow (online softmax). What the query may not see weighs exactly 0, so a
+ * page more or less, which batch mates bring, changes nothing. */
+static void soften(float *scores, int64_t start, int64_t count, int64_t first, int64_t last,
+                   float *best, float *total, float *acc, int64_t D) {
+    vec16 tops = splat16(-INFINITY);
+    const ivec16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t i = 0; i < count; i += 16) {
+        vec16 s = *(vec16 *)(scores + i);
+        int64_t from = first - start - i, to = last - start - i;
+        if (from > 0 || to < 15) {
+            int32_t low = from < -1 ? -1 : from > 16 ? 16 : (int32_t)from;
+            int32_t high = to < -1 ? -1 : to > 16 ? 16 : (int32_t)to;
+            ivec16 seen = (lanes >= low) & (lanes <= high);
+            s = pick16(seen, s, splat16(-INFINITY));
+            *(vec16 *)(scores + i) = s;
+        }
+        tops = pick16(s > tops, s, tops);
+    }
+    float top = max16(tops);
+    if (top < *best) top = *best;
+    if (top == -INFINITY) { /* nothing to see yet */
+        for (int64_t i = 0; i < count; i += 16) *(vec16 *)(scores + i) = splat16(0);
+        return;
+    }
+    float shrink = *best == -INFINITY ? 0.0f : exp16(splat16(*best - top))[0];
+    vec16 sums = {0};
+    for (int64_t i = 0; i < count; i += 16) {
+        vec16 weight = exp16(*(vec16 *)(scores + i) - top);
+        *(vec16 *)(scores + i) = weight;
+        sums += weight;
+    }
+    *total = *total * shrink + sum16(sums);
+    *best = top;
+    for (int64_t d = 0; d < D; d += 8) *(vec8 *)(acc + d) *= shrink;
+}
+
+static void attend_queries(const Attention *a, int R, const Queries *qs, const int64_t *pages,
+                           int64_t kv_head) {
+    int64_t D = a->head_size, HK = a->num_kv_heads;
+    float scores[MAX_QUERIES][CHUNK], acc[MAX_QUERIES][MAX_HEAD];
+    float best[MAX_QUERIES], total[MAX_QUERIES];
+    int64_t first = qs->first[0], last = qs->last[0];
+    for (int r = 0; r < R; r++) {
+        best[r] = -INFINITY;
+        total[r] = 0;
+        for (int64_t d = 0; d < D; d++) acc[r][d] = 0;
+        if (qs->first[r] < first) first = qs->first[r];
+        if (qs->last[r] > last) last = qs->last[r];
+    }
+    /* Chunks begin at multiples of CHUNK, whoever else is in the block. */
+    for (int64_t start = first / CHUNK * CHUNK; start <= last; start += CHUNK) {
+        int64_t low = first > start ? (first - start) / PAGE : 0;
+        int64_t high = (last - start) / PAGE + 1; /* pages low .. high - 1 of this chunk */
+        if (high > CHUNK_PAGES) high = CHUNK_PAGES;
+        const int64_t *page = pages + start / PAGE;
+        for (int64_t p = low; p < high; p++) {
+            int64_t at = (page[p] * HK + kv_head) * D * PAGE;
+            const elem *next =
+                a->keys + (page[p + 1 < high ? p + 1 : p] * HK + kv_head) * D * PAGE;
+            score_page(R, qs, a->keys + at, a->values + at, next, D, scores, p * PAGE);
+        }
+        for (int r = 0; r < R; r++)
+            soften(scores[r] + low * PAGE, start + low * PAGE, (high - low) * PAGE, qs->first[r],
+                   qs->last[r], best + r, total + r, acc[r], D);
+        for (int64_t p = low; p < high; p++) {
+            const elem *value = a->values + (page[p] * HK + kv_head) * D * PAGE;
+            add_values(R, scores, p * PAGE, value, D, acc);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        float scale = 1.0f / total[r];
+        for (int64_t d = 0; d < D; d += 8) store8(qs->out[r] + d, *(vec8 *)(acc[r] + d) * scale);
+    }
+}
+
+static void attend_block(const Attention *a, int64_t block, int64_t kv_head) {
+    int64_t group = a->num_heads / a->num_kv_heads, begin = a->blocks[block];
+    int64_t count = (a->blocks[block + 1] - begin) * group;
+    const int64_t *pages = a->page_table + a->seats[begin] * a->table_width;
+    Queries qs;
+    int R = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t row = begin + i / group, head = kv_head * group + i % group;
+        int64_t at = (row * a->num_heads + head) * a->head_size;
+        qs.query[R] = a->queries + at;
+        qs.out[R] = a->out + at;
+        qs.last[R] = a->positions[row];
+        qs.first[R] = a->window && qs.last[R] >= a->window ? qs.last[R] - a->window + 1 : 0;
+        if (++R == MAX_QUERIES || i + 1 == count) {
+            attend_queries(a, R, &qs, pages, kv_head);
+            R = 0;
+        }
+    }
+}
+
+/* Write the rows' keys and values, then attend. With num_heads 0 the rows bring keys and values
+ * only, and nothing attends. */
+void eevp_attention(const Attention *a) {
+#pragma omp parallel if (a->num_rows > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < a->num_rows; n++) write_row(a, n);
+#pragma omp for collapse(2) schedule(dynamic, 2)
+        for (int64_t block = 0; block < a->num_blocks; block++)
+            for (int64_t head = 0; head < a->num_kv_heads; head++) attend_block(a, block, head);
+    }
+}

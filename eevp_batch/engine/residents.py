@@ -1,0 +1,178 @@
+"""Who is in memory: arrivals are admitted, grow, and start again where pages run out.
+
+Knows pages, seats and prefixes. A resident sequence always stands in a queue or in the batch at
+hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from typing import Protocol
+
+from eevp_batch.engine.depth_queues import DepthQueues
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.limits import Limits
+from eevp_batch.engine.packing import pack
+from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.sequence import Sequence
+from eevp_batch.engine.stats import EngineStats
+from eevp_batch.errors import PromptTooLongError
+from eevp_batch.records import Prompt
+
+EXPECT_AFTER = 32
+"""Finished generations after which their mean length tells how much memory the next will need."""
+EXPECT_MARGIN = 1.5
+
+
+class Watch(Protocol):
+    """Tells the exits which ids a seat begins with."""
+
+    def __call__(self, seat: int, token_ids: list[int], *, start: bool) -> None:
+        """See `ExitRule.watch`."""
+
+
+class Residents:
+    """The sequences that wait for memory, and those that have it.
+
+    Args:
+        model: fills shared prefixes.
+        queues: where a sequence stands once it is resident.
+        stats: what is counted.
+        limits: what fits.
+        max_new_tokens: most tokens of a generation.
+        watch: called for each sequence that gets a seat.
+
+    Attributes:
+        arrivals: who waits for memory, in order.
+        pool: keys and values.
+        prefixes: beginnings that several prompts share.
+    """
+
+    def __init__(
+        self,
+        model: SegmentedModel,
+        queues: DepthQueues[Sequence],
+        stats: EngineStats,
+        limits: Limits,
+        max_new_tokens: int,
+        watch: Watch,
+    ) -> None:
+        self._model, self._queues, self._stats, self._watch = model, queues, stats, watch
+        self._shares_prefixes, self._max_new_tokens = limits.shares_prefixes, max_new_tokens
+        self.pool = KvPool(
+            num_pages=limits.num_pages,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_size=model.head_size,
+            hidden_size=model.hidden_size,
+            max_resident=limits.max_resident,
+            max_pages=limits.max_pages,
+            dtype=model.dtype,
+            device=model.device,
+            hidden_dtype=model.layers.hidden_dtype,
+            by_lane=model.layers.by_lane,
+        )
+        self.prefixes = Prefixes(self.pool)
+        self.arrivals: deque[Sequence] = deque()
+        self._by_seat: dict[int, Sequence] = {}  # the last admitted one last
+
+    def admit(self) -> list[tuple[Sequence, PromptTooLongError]]:
+        """Make arrivals resident while they fit; returns those that never will."""
+        refused: list[tuple[Sequence, PromptTooLongError]] = []
+        while self.arrivals:
+            sequence = self.arrivals[0]
+            if not self.pool.can_ever_hold(sequence):
+                error = PromptTooLongError(
+                    f"{sequence.num_prompt} prompt tokens and {sequence.max_new_tokens} new ones "
+                    f"do not fit the {self.pool.max_positions} that keys and values have room for"
+                )
+                refused.append((self.arrivals.popleft(), error))
+            elif self._seat(sequence):
+                self.arrivals.popleft()
+            else:
+                break
+        return refused
+
+    def grow(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Allocate pages up to the fronts; where they run out, the youngest residents start again.
+
+        The oldest resident is never the one to go while there is another, so somebody always gets
+        on; who starts again comes out the same, only later.
+
+        Args:
+            sequences: the batch at hand.
+
+        Returns:
+            Those of the batch that are still resident.
+        """
+        for sequence in sequences:
+            while sequence.seat >= 0 and not self.pool.grow(sequence):
+                if not self.prefixes.evict():
+                    self._restart(next(reversed(self._by_seat.values())))
+        return [sequence for sequence in sequences if sequence.seat >= 0]
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back what a resident sequence holds."""
+        del self._by_seat[sequence.seat]
+        self.pool.release(sequence)
+
+    def taint(self, sequence: Sequence) -> None:
+        """See `KvPool.taint`; a shared prefix may be why this row's scores are not finite."""
+        self.pool.taint(sequence.pages)
+        self.prefixes.taint()
+
+    def _seat(self, sequence: Sequence) -> bool:
+        """Make a sequence resident, with the prefix that it shares; False when it does not fit."""
+        if not self.pool.num_free_seats:
+            return False
+        if self._shares_prefixes:
+            waiting = list(itertools.islice(self.arrivals, 1, 1 + LOOK_AHEAD))
+            self._make_prefix(sequence, self.prefixes.worth_making(sequence, waiting))
+        expected = sequence.num_prompt + self._expected_new - 1
+        shared, num_shared = self.prefixes.best(sequence)
+        while not self.pool.can_admit(expected, num_shared):
+            if not self.prefixes.evict():
+                return False
+            shared, num_shared = self.prefixes.best(sequence)
+        self.pool.admit(sequence, expected, shared, num_shared)
+        self._stats.shared_tokens += num_shared
+        self._by_seat[sequence.seat] = sequence
+        self._watch(sequence.seat, sequence.token_ids, start=True)
+        self._queues.push(0, sequence)
+        return True
+
+    @property
+    def _expected_new(self) -> int:
+        """Tokens to promise memory for: what generations so far had, with a margin."""
+        if self._stats.finished < EXPECT_AFTER:
+            return self._max_new_tokens
+        mean = self._stats.tokens / self._stats.finished
+        return min(self._max_new_tokens, math.ceil(EXPECT_MARGIN * mean) + PAGE_SIZE)
+
+    def _make_prefix(self, sequence: Sequence, length: int) -> None:
+        """Compute the first `length` tokens of a prompt at every depth and keep them."""
+        token_ids = sequence.token_ids[:length]
+        if not length or not self.prefixes.has_room:
+            return
+        prefix = Sequence(Prompt("", token_ids), self._model.num_segments, 1, 0)
+        shared, num_shared = self.prefixes.best(prefix)
+        if not self.pool.can_admit(length, num_shared):
+            return
+        self.pool.seat_prefix(prefix, shared, num_shared)
+        for depth in range(self._model.num_segments):
+            tokens = pack([prefix], depth, self.pool, self._model.layers.row_multiple)
+            self._model.run_segment(depth, tokens, self.pool)
+            prefix.mark_filled(depth)
+            self._stats.packed_tokens += tokens.num_tokens
+        self.prefixes.keep(token_ids, self.pool.unseat_prefix(prefix))
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Send a resident sequence back to its prompt and to the head of the arrivals."""
+        self._queues.remove(sequence)
+        self.leave(sequence)
+        self._stats.discount(sequence.exits[: len(sequence.exits) - sequence.num_drafts])
+        sequence.restart()
+        self.arrivals.appendleft(sequence)

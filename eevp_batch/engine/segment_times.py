@@ -1,0 +1,77 @@
+"""How long a layer takes by batch size, measured when an engine is built.
+
+The larger a batch, the less a row costs, up to a size that depends on the machine and the model.
+The depth queues wait for that many sequences before they run a deep segment. What is measured here
+moves time, never a result.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.segmented_model import SegmentedModel
+
+SIZES = (16, 32, 64, 96, 128, 192, 256)
+NEAR_BEST = 1.1
+"""A batch is full when a row costs at most so many times what it costs in the best one."""
+REPEATS = 3
+
+
+def full_batch(model: SegmentedModel, max_batch: int) -> int:
+    """Smallest batch in which a row is nearly as cheap as in any up to `max_batch`.
+
+    A few milliseconds on a small model: the first layer is run on rows that belong to nobody.
+    """
+    sizes = [size for size in SIZES if size < max_batch]
+    per_row = {size: layer_time(model, size) / size for size in (*sizes, max_batch)}
+    best = min(per_row.values())
+    return min(size for size, cost in per_row.items() if cost <= NEAR_BEST * best)
+
+
+@torch.inference_mode()
+def layer_time(model: SegmentedModel, num_rows: int) -> float:
+    """Seconds of the first layer over so many rows, attention's reading left out; the best try."""
+    pool = KvPool(
+        num_pages=1,
+        num_layers=1,
+        num_kv_heads=model.num_kv_heads,
+        head_size=model.head_size,
+        hidden_size=model.hidden_size,
+        max_resident=1,
+        max_pages=1,
+        dtype=model.dtype,
+        device=model.device,
+        hidden_dtype=model.layers.hidden_dtype,
+        by_lane=model.layers.by_lane,
+    )
+    num_rows += -num_rows % model.layers.row_multiple
+    rows = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+    tokens = PackedTokens(
+        token_ids=rows,
+        positions=rows,
+        slots=rows,
+        scored=[],
+        scored_rows=rows,
+        project_positions=rows[:0],
+        project_slots=rows[:0],
+        spans=[],
+        num_tokens=0,
+    )
+    times = []
+    for _ in range(REPEATS):
+        hidden = model.layers.embed(rows)
+        _wait(model.device)
+        started = time.perf_counter()
+        model.layers.run(range(1), hidden, tokens, pool)
+        _wait(model.device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

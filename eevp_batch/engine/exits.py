@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from eevp_batch.engine.drafts import Sampler
 from eevp_batch.engine.proposals import Proposal
-from eevp_batch.engine.pruned_vocab import prune, pruned_scores
+from eevp_batch.engine.pruned_vocab import gathers_natively, prune, pruned_scores
 from eevp_batch.engine.sampling import penalise
 from eevp_batch.engine.score_summary import ScoreSummary, first_argmax, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
@@ -21,11 +21,12 @@ from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
-GATHER_LIMIT = 1.0
-"""Rows of the head are gathered per token while B * K stays below this share of V, counted at the
-largest batch: beyond it a dense product over V is no dearer (64 rows, V = 49,152, bfloat16: K = 64
-took 1.4 ms gathered, K = 256 4.0 ms, K = 1024 12.5 ms, the dense product 11.7 ms). Never by the
-batch at hand, so that a row's scores are computed the same way whoever its batch mates are."""
+GATHER_LIMIT, NATIVE_GATHER_LIMIT = 1.0, 8.0
+"""Rows of the head are read per token while B * K stays below this multiple of V, counted at the
+largest batch: beyond it a dense product over V is no dearer. Measured for 64 rows, V = 49,152,
+bfloat16 (ms): K = 64, 256, 1024 gathered by torch 1.4, 4.0, 12.5; read where they lie by the
+kernel 0.2, 0.5, 1.9; the dense product 11.7. Never by the batch at hand, so that a row's scores are
+computed the same way whoever its batch mates are."""
 
 _log = logging.getLogger(__name__)
 
@@ -175,7 +176,8 @@ class ExitRule:
                 f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
                 "for the end and stop ids are always kept"
             )
-        self._gathers = max_batch * self._k < GATHER_LIMIT * self._vocab_size
+        limit = NATIVE_GATHER_LIMIT if gathers_natively(weight) else GATHER_LIMIT
+        self._gathers = max_batch * self._k < limit * self._vocab_size
         if proposal is not None and not self._gathers:
             _log.warning(
                 "exit.vocab.proposal saves nothing: %d rows of %d kept ids are dearer to rescore "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
 from eevp_batch.engine.invariance import fewest_rows
+from eevp_batch.engine.native import kernels
 from eevp_batch.engine.score_summary import BLOCK, ScoreSummary, summarise
 
 SUB_BLOCK = 8
@@ -48,6 +50,10 @@ def top_k(
     rows, columns = scores.shape
     if k >= columns:
         return scores, torch.arange(columns, device=scores.device).expand(rows, columns)
+    library = None if scores.is_cuda or scores.stride(1) != 1 else kernels(scores.dtype)
+    if library is not None:
+        picked = _found_natively(library, scores, k, blocks)
+        return scores.gather(1, picked), picked
     if columns % BLOCK or k * SUB_BLOCK > columns // 2:
         picked = scores.topk(k, sorted=False).indices
     elif k * SUB_BLOCK > columns // BLOCK * 2:
@@ -56,6 +62,18 @@ def top_k(
         picked = _in_two_steps(scores, k, blocks)
     picked = picked.to(torch.int32).sort(-1).values.long()  # int32 sorts twice as fast
     return scores.gather(1, picked), picked
+
+
+def _found_natively(
+    library: ctypes.CDLL, scores: torch.Tensor, k: int, blocks: torch.Tensor | None
+) -> torch.Tensor:
+    """Columns [B, k] of the k largest, ascending; of equals at the border the first."""
+    rows, columns = scores.shape
+    blocks = summarise(scores).blocks if blocks is None else blocks
+    ids = torch.empty(rows, k, dtype=torch.int32)
+    pointers = (blocks.data_ptr(), k, ids.data_ptr())
+    library.eevp_top_k(scores.data_ptr(), rows, columns, scores.stride(0), *pointers)
+    return ids.long()
 
 
 def _in_strided_blocks(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -128,14 +146,32 @@ def _log_difference(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def pruned_scores(normed: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Scores at the kept ids only: [B, E], [V, E], [B, K] -> [B, K] float32.
+    """Scores at the kept ids only: [B, E], [V, E], [B, K] int32 -> [B, K] float32.
 
-    A few rows at a time, so that the head rows they need are multiplied while in the cache.
+    Rounded to the head's type, as its own product is. Without kernels the head rows are gathered
+    for a few tokens at a time, so that they are multiplied while in the cache.
     """
+    library = _kernels_for(weight)
+    if library is not None:
+        out = torch.empty(ids.shape, dtype=weight.dtype)
+        states = normed.contiguous()
+        pointers = [part.data_ptr() for part in (states, weight, ids.contiguous(), out)]
+        library.eevp_gathered(*pointers, *ids.shape, weight.shape[1])
+        return out.float()
     row_bytes = ids.shape[1] * weight.shape[1] * weight.element_size()
     step = len(ids) if weight.is_cuda else max(1, GATHERED_BYTES // row_bytes)
     parts = zip(torch.split(normed, step), torch.split(ids, step), strict=True)
     return torch.cat([_gathered_scores(part, weight, kept) for part, kept in parts]).float()
+
+
+def gathers_natively(weight: torch.Tensor) -> bool:
+    """Whether `pruned_scores` reads the head rows where they lie."""
+    return _kernels_for(weight) is not None
+
+
+def _kernels_for(weight: torch.Tensor) -> ctypes.CDLL | None:
+    fits = not weight.is_cuda and weight.is_contiguous() and weight.shape[1] % 16 == 0
+    return kernels(weight.dtype) if fits else None
 
 
 def _gathered_scores(normed: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,20 @@
 """What a decision needs of a row of scores, in one pass: best, second, first argmax, log-sum-exp.
 
 Scores over a vocabulary are the largest tensor of a step (64 rows of 49,152 are 12.6 MB in
-float32), so they are read in slices that stay in the cache: turned to float32 there, searched
-there, summed there. Slicing changes no row's result.
+float32), so they are never copied to float32 as a whole: a kernel reads each row twice, the second
+time out of the cache. Without it, slices of rows go through torch's own operations in the cache.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from eevp_batch.engine.native import kernels
 
 BLOCK = 32
 _SLICE = 2**20
@@ -42,41 +45,62 @@ class ScoreSummary:
 
 def summarise(scores: torch.Tensor, *, mean_log: bool = False) -> ScoreSummary:
     """Summarise each row of scores [B, C] of any float type; rows do not affect one another."""
+    columns = scores.shape[1]
+    library = None if scores.is_cuda or scores.stride(1) != 1 else kernels(scores.dtype)
+    if library is None:
+        blocks, log_sum, mean = _read_in_slices(scores, mean_log)
+    else:
+        blocks, log_sum, mean = _read_natively(library, scores)
+    block = blocks.argmax(-1, keepdim=True)  # [B, 1], the first of equals
+    places = block * BLOCK + torch.arange(BLOCK, device=scores.device)  # [B, BLOCK]
+    inside = scores.gather(1, places.clamp(max=columns - 1)).float()
+    inside = inside.masked_fill(places >= columns, -torch.inf)
+    inner = inside.argmax(-1, keepdim=True)  # [B, 1]
+    best = inside.gather(1, inner)[:, 0]
+    rest = inside.scatter(1, inner, -torch.inf).amax(-1)
+    others = blocks.scatter(1, block, -torch.inf).amax(-1)
+    return ScoreSummary(
+        best=best,
+        second=torch.maximum(rest, others),
+        column=(block * BLOCK + inner)[:, 0],
+        lse=best + log_sum,
+        blocks=blocks,
+        mean_log=mean if mean_log else None,
+        num_columns=columns,
+    )
+
+
+_Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Block maxima [B, ceil(C / BLOCK)], log-sum-exp less the best score [B], sum of p log p [B]."""
+
+
+def _read_natively(library: ctypes.CDLL, scores: torch.Tensor) -> _Read:
+    rows, columns = scores.shape
+    blocks = torch.empty(rows, -(-columns // BLOCK))
+    log_sum, mean = torch.empty(rows), torch.empty(rows)
+    pointers = [part.data_ptr() for part in (blocks, log_sum, mean)]
+    library.eevp_summary(scores.data_ptr(), rows, columns, scores.stride(0), *pointers)
+    return blocks, log_sum, mean - log_sum
+
+
+def _read_in_slices(scores: torch.Tensor, mean_log: bool) -> _Read:
     rows, columns = scores.shape
     num_blocks = -(-columns // BLOCK)
     like: dict[str, Any] = {"dtype": torch.float32, "device": scores.device}
     blocks = torch.empty(rows, num_blocks, **like)
-    best_scores = torch.empty(rows, BLOCK, **like)  # the block that holds the best score
-    best_logs = torch.empty(rows, BLOCK, **like)
-    best_block = torch.empty(rows, dtype=torch.int64, device=scores.device)
-    sums = torch.empty(rows, **like) if mean_log else None
+    log_sum, mean = torch.empty(rows, **like), torch.empty(rows, **like)
     slices = _Slices(scores, num_blocks * BLOCK)
     for here, values, logs in slices:
-        blocked = values.view(-1, num_blocks, BLOCK)
-        torch.amax(blocked, -1, out=blocks[here])
+        torch.amax(values.view(-1, num_blocks, BLOCK), -1, out=blocks[here])
         torch.log_softmax(values, -1, out=logs)
         block = torch.argmax(blocks[here], -1)
         row = slices.row_numbers[: len(block)]
-        best_block[here] = block
-        best_scores[here] = blocked[row, block]
-        best_logs[here] = logs.view_as(blocked)[row, block]
-        if sums is not None:
-            real = logs[:, :columns]
-            sums[here] = (real.exp() * real).sum(-1)
-    inner = best_scores.argmax(-1, keepdim=True)  # [B, 1]; block and place are the first of equals
-    best = best_scores.gather(1, inner)[:, 0]
-    rest = best_scores.scatter(1, inner, -torch.inf).amax(-1)
-    others = blocks.scatter(1, best_block[:, None], -torch.inf).amax(-1)
-    return ScoreSummary(
-        best=best,
-        second=torch.maximum(rest, others),
-        column=best_block * BLOCK + inner[:, 0],
         # At the best score log-softmax is minus the log of the sum, nothing cancels.
-        lse=best - best_logs.gather(1, inner)[:, 0],
-        blocks=blocks,
-        mean_log=sums,
-        num_columns=columns,
-    )
+        log_sum[here] = -logs.view(-1, num_blocks, BLOCK)[row, block].amax(-1)
+        if mean_log:
+            real = logs[:, :columns]
+            mean[here] = (real.exp() * real).sum(-1)
+    return blocks, log_sum, mean
 
 
 def first_argmax(scores: torch.Tensor) -> torch.Tensor:

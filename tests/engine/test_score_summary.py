@@ -15,6 +15,14 @@ def scores_with_ties(rows: int, columns: int, dtype: torch.dtype) -> torch.Tenso
     return (torch.randn(rows, columns, generator=generator) * 3).to(dtype)
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"], autouse=True)
+def with_and_without_kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not request.param:
+        monkeypatch.setattr(score_summary, "kernels", lambda dtype: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [1, 7, 32, 50, 96, 4096])
 def test_every_fact_equals_its_definition(columns: int, dtype: torch.dtype) -> None:

@@ -396,6 +396,7 @@ void eevp_attention(const Attention *a) {
 
 /* --- scores over the vocabulary --------------------------------------------------------------- */
 
+#define SELECT_BINS 1024
 #define SCORE_BLOCK 32 /* columns per maximum, see score_summary.BLOCK */
 
 static inline vec16 larger16(vec16 x, vec16 y) {
@@ -457,7 +458,7 @@ static inline int32_t key_of(float x) {
 }
 
 /* The k-th largest (k from 1) of n keys, which are moved about: Hoare's quickselect. */
-static int32_t kth_largest(int32_t *a, int64_t n, int64_t k) {
+static int32_t quickselect(int32_t *a, int64_t n, int64_t k) {
     int64_t low = 0, high = n - 1;
     k--;
     while (low < high) {
@@ -479,6 +480,26 @@ static int32_t kth_largest(int32_t *a, int64_t n, int64_t k) {
     return a[k];
 }
 
+/* The same, keys left alone: a histogram names the bin of the k-th, and only that is searched.
+ * No branch of the two passes depends on a key. `bin` [n + 1] is scratch. */
+static int32_t kth_largest(const int32_t *keys, int64_t n, int64_t k, int32_t *bin) {
+    int32_t least = keys[0], most = keys[0], counts[SELECT_BINS] = {0};
+    for (int64_t i = 1; i < n; i++) {
+        least = keys[i] < least ? keys[i] : least;
+        most = keys[i] > most ? keys[i] : most;
+    }
+    uint32_t base = (uint32_t)least, shift = 0, wanted = SELECT_BINS - 1;
+    while (((uint32_t)most - base) >> shift >= SELECT_BINS) shift++;
+    for (int64_t i = 0; i < n; i++) counts[((uint32_t)keys[i] - base) >> shift]++;
+    for (; counts[wanted] < k; wanted--) k -= counts[wanted];
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        bin[size] = keys[i];
+        size += ((uint32_t)keys[i] - base) >> shift == wanted;
+    }
+    return quickselect(bin, size, k);
+}
+
 /* Columns of a row whose key is at least `least`, ascending, out of the blocks that have any. */
 static int64_t collect(const elem *row, int64_t columns, const float *maxima, int32_t least,
                        int32_t *keys, int32_t *found) {
@@ -487,9 +508,10 @@ static int64_t collect(const elem *row, int64_t columns, const float *maxima, in
         if (key_of(maxima[start / SCORE_BLOCK]) < least) continue;
         int64_t end = start + SCORE_BLOCK < columns ? start + SCORE_BLOCK : columns;
         for (int64_t i = start; i < end; i++) {
-            keys[count] = key_of(load1(row + i));
+            int32_t key = key_of(load1(row + i));
+            keys[count] = key;
             found[count] = (int32_t)i;
-            count += keys[count] >= least;
+            count += key >= least;
         }
     }
     return count;
@@ -510,18 +532,22 @@ void eevp_top_k(const elem *scores, int64_t rows, int64_t columns, int64_t strid
             const elem *row = scores + n * stride;
             int32_t *out = ids + n * k, least = INT32_MIN;
             if (k <= num_blocks) {
-                for (int64_t i = 0; i < num_blocks; i++) moved[i] = key_of(maxima[i]);
-                least = kth_largest(moved, num_blocks, k);
+                for (int64_t i = 0; i < num_blocks; i++) keys[i] = key_of(maxima[i]);
+                least = kth_largest(keys, num_blocks, k, moved);
             }
             int64_t count = collect(row, columns, maxima, least, keys, found);
             if (count < k) /* a NaN hid a block's best */
                 count = collect(row, columns, maxima, INT32_MIN, keys, found);
-            memcpy(moved, keys, count * sizeof *keys);
-            int32_t border = kth_largest(moved, count, k);
+            int32_t border = kth_largest(keys, count, k, moved);
             int64_t equal = k, kept = 0;
             for (int64_t i = 0; i < count; i++) equal -= keys[i] > border;
-            for (int64_t i = 0; i < count && kept < k; i++)
-                if (keys[i] > border || (keys[i] == border && equal-- > 0)) out[kept++] = found[i];
+            for (int64_t i = 0; i < count; i++) {
+                int32_t key = keys[i];
+                moved[kept] = found[i];
+                kept += (key > border) | ((key == border) & (equal > 0));
+                equal -= key == border;
+            }
+            memcpy(out, moved, k * sizeof *out);
         }
         free(keys);
     }

@@ -28,6 +28,10 @@ bfloat16 (ms): K = 64, 256, 1024 gathered by torch 1.4, 4.0, 12.5; read where th
 kernel 0.2, 0.5, 1.9; the dense product 11.7. Never by the batch at hand, so that a row's scores are
 computed the same way whoever its batch mates are."""
 
+_WASTED = (
+    "exit.vocab.proposal saves nothing: to rescore %d ids for each of %d rows takes longer than "
+    "the whole vocabulary"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -129,6 +133,12 @@ def _entropy(
     return entropy - torch.where(log_outside.isinf(), 0.0, spread)
 
 
+def _is_gathering_cheaper(weight: torch.Tensor, num_ids: int) -> bool:
+    """Whether scoring so many ids one by one costs less than a product with the head [V, E]."""
+    limit = NATIVE_GATHER_LIMIT if gathers_natively(weight) else GATHER_LIMIT
+    return num_ids < limit * len(weight)
+
+
 class ExitRule:
     """Decides at every exit; holds what the pruned vocabulary leaves behind from exit to exit.
 
@@ -176,15 +186,9 @@ class ExitRule:
                 f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
                 "for the end and stop ids are always kept"
             )
-        limit = NATIVE_GATHER_LIMIT if gathers_natively(weight) else GATHER_LIMIT
-        self._gathers = max_batch * self._k < limit * self._vocab_size
+        self._gathers = _is_gathering_cheaper(weight, max_batch * self._k)
         if proposal is not None and not self._gathers:
-            _log.warning(
-                "exit.vocab.proposal saves nothing: %d rows of %d kept ids are dearer to rescore "
-                "than the whole vocabulary",
-                max_batch,
-                self._k,
-            )
+            _log.warning(_WASTED, self._k, max_batch)
         if self._prune_depth is not None:
             shape = (max_resident, self._k)
             self._kept_ids = torch.zeros(shape, dtype=torch.int32, device=self._device)

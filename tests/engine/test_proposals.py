@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from eevp_batch.engine.proposals import (
     state_moment,
 )
 from eevp_batch.engine.pruned_vocab import prune, pruned_scores
-from eevp_batch.errors import UsageError
+from eevp_batch.errors import SpecError, UsageError
 from eevp_batch.spec import VocabSpec
+from eevp_batch.spec_file import load_spec_text
 from tests.bench.prompts import throughput_prompts
 from tests.engine.conftest import load_model, make_engine
 
@@ -91,6 +93,20 @@ def test_the_moment_is_that_of_the_normed_states(tiny_llama: Path) -> None:
     assert torch.equal(last, state_moment(model, model.config.num_hidden_layers)), "repeatable"
 
 
+@pytest.mark.parametrize(
+    ("vocab", "line"),
+    [
+        ("{proposal: int4}", r'exit\.vocab\.proposal: found "int4"; allowed: full, int8, low_rank'),
+        ("{rank: 9}", r"exit\.vocab\.rank: found 9; allowed: null unless exit\.vocab\.proposal is"),
+        ("{top_k: null, proposal: int8}", r"exit\.vocab\.proposal: found \S*int8.*; allowed: full"),
+    ],
+)
+def test_a_job_file_that_proposes_nonsense_is_refused(vocab: str, line: str) -> None:
+    text = "input: {path: a}\nmodel: {path: b}\noutput: {path: c}\n"
+    with pytest.raises(SpecError, match=line):
+        load_spec_text(f"{text}exit: {{vocab: {vocab}}}", "job.yaml", "/jobs", ())
+
+
 def test_a_rank_beyond_the_width_is_refused(tiny_llama: Path) -> None:
     vocab = {"proposal": "low_rank", "rank": 4096}
     with pytest.raises(UsageError, match=r"exit\.vocab\.rank: found 4096; allowed: at most"):
@@ -98,8 +114,10 @@ def test_a_rank_beyond_the_width_is_refused(tiny_llama: Path) -> None:
 
 
 def test_rescoring_that_costs_more_than_the_head_is_logged(
-    tiny_llama: Path, caplog: pytest.LogCaptureFixture
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # import-linter, run in this process by another test, turns existing loggers off.
+    monkeypatch.setattr(logging.getLogger("eevp_batch.engine.exits"), "disabled", False)
     vocab = {"proposal": "low_rank"}
     make_engine(tiny_llama, layers=[2, 4], top_k=32, max_batch=1, vocab=vocab)
     assert not caplog.records, "one row of 32 ids is cheap"

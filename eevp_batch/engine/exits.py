@@ -21,16 +21,17 @@ from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
-GATHER_LIMIT, NATIVE_GATHER_LIMIT = 1.0, 8.0
-"""Rows of the head are read per token while B * K stays below this multiple of V, counted at the
-largest batch: beyond it a dense product over V is no dearer. Measured for 64 rows, V = 49,152,
-bfloat16 (ms): K = 64, 256, 1024 gathered by torch 1.4, 4.0, 12.5; read where they lie by the
-kernel 0.2, 0.5, 1.9; the dense product 11.7. Never by the batch at hand, so that a row's scores are
-computed the same way whoever its batch mates are."""
+ID_COST = 20
+"""Ids of the dense product with the head that cost as much as one id read by the kernel: per row of
+49,152 ids in bfloat16, 140 us dense; 60 us for 1,024 kept ids."""
+GATHER_LIMIT = 1.0
+"""Without the kernel, head rows are gathered while B * K stays below this multiple of V, counted at
+the largest batch (64 rows, K = 256: 3 to 4 ms; K = 1024: 12 to 17 ms; dense 9 to 12 ms). Never by
+the batch at hand, so that a row's scores are computed the same way whoever its batch mates are."""
 
 _WASTED = (
     "exit.vocab.proposal saves nothing: to rescore %d ids for each of %d rows takes longer than "
-    "the whole vocabulary"
+    "to score the whole vocabulary"
 )
 _log = logging.getLogger(__name__)
 
@@ -133,10 +134,11 @@ def _entropy(
     return entropy - torch.where(log_outside.isinf(), 0.0, spread)
 
 
-def _is_gathering_cheaper(weight: torch.Tensor, num_ids: int) -> bool:
-    """Whether scoring so many ids one by one costs less than a product with the head [V, E]."""
-    limit = NATIVE_GATHER_LIMIT if gathers_natively(weight) else GATHER_LIMIT
-    return num_ids < limit * len(weight)
+def _is_gathering_cheaper(weight: torch.Tensor, k: int, max_batch: int) -> bool:
+    """Whether scoring K ids one by one costs less than a product with the head [V, E]."""
+    if gathers_natively(weight):
+        return k * ID_COST < len(weight)
+    return max_batch * k < GATHER_LIMIT * len(weight)
 
 
 class ExitRule:
@@ -186,7 +188,7 @@ class ExitRule:
                 f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
                 "for the end and stop ids are always kept"
             )
-        self._gathers = _is_gathering_cheaper(weight, max_batch * self._k)
+        self._gathers = _is_gathering_cheaper(weight, self._k, max_batch)
         if proposal is not None and not self._gathers:
             _log.warning(_WASTED, self._k, max_batch)
         if self._prune_depth is not None:

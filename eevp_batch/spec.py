@@ -151,8 +151,20 @@ class VocabSpec(_Section):
     """Ids kept per token at prune_layer; null turns pruning off."""
     prune_layer: Literal["first"] | Count = "first"
     """Exit layer where the vocabulary is cut; the first."""
+    proposal: Literal["full", "int8", "low_rank"] = "full"
+    """What proposes the kept ids: the head, its 8-bit copy (CPU only), or a factor of low rank."""
+    rank: Count | None = None
+    """Rank of the low_rank proposal, at most the model's width; 256."""
     final_head: Literal["full", "pruned"] = "full"
     """Ids that the last layer scores: the whole vocabulary, or the kept ones."""
+
+    @model_validator(mode="after")
+    def _proposes_what_is_cut(self) -> VocabSpec:
+        if self.top_k is None and self.proposal != "full":
+            raise refused("proposal", self.proposal, "full where exit.vocab.top_k is null")
+        if self.rank is not None and self.proposal != "low_rank":
+            raise refused("rank", self.rank, "null unless exit.vocab.proposal is low_rank")
+        return self
 
 
 class ExitSpec(_Section):

@@ -16,6 +16,7 @@ from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.prefixes import Prefixes
+from eevp_batch.engine.proposals import Proposal
 from eevp_batch.engine.residents import Residents
 from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -50,6 +51,7 @@ class Engine:
         prune_layer: the exit layer that cuts the vocabulary; None turns pruning off.
         end_ids: ids that end a generation.
         limits: what fits.
+        proposal: proposes the ids to keep; None: the head itself.
 
     Attributes:
         encode: token ids of a string prompt; None where prompts come as token ids only.
@@ -66,6 +68,7 @@ class Engine:
         prune_layer: int | None,
         end_ids: frozenset[int],
         limits: Limits,
+        proposal: Proposal | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._exits, self._sampling, self._end_ids = exits, sampling, end_ids
@@ -80,6 +83,7 @@ class Engine:
             always_kept=sorted(end_ids),
             max_resident=limits.max_resident,
             max_batch=limits.max_batch,
+            proposal=proposal,
         )
         self.queues: DepthQueues[Sequence] = DepthQueues(
             model.num_segments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +12,28 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from eevp_batch.engine.drafts import Sampler
-from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
+from eevp_batch.engine.proposals import Proposal
+from eevp_batch.engine.pruned_vocab import gathers_natively, prune, pruned_scores
 from eevp_batch.engine.sampling import penalise
+from eevp_batch.engine.score_summary import ScoreSummary, first_argmax, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
-GATHER_LIMIT = 0.5
-"""Rows of the head are gathered per token while B * K stays below this share of V, counted at the
-largest batch: beyond it a dense product over V is no dearer (measured: 64 rows, V = 49,152, K = 256
-cost 4.5 ms gathered and 14 ms dense, K = 1024 cost 48 ms). Never by the batch at hand, so that a
-row's scores are computed the same way whoever its batch mates are."""
+ID_COST = 20
+"""Ids of the dense product with the head that cost as much as one id read by the kernel: per row of
+49,152 ids in bfloat16, 140 us dense; 60 us for 1,024 kept ids."""
+GATHER_LIMIT = 1.0
+"""Without the kernel, head rows are gathered while B * K stays below this multiple of V, counted at
+the largest batch (64 rows, K = 256: 3 to 4 ms; K = 1024: 12 to 17 ms; dense 9 to 12 ms). Never by
+the batch at hand, so that a row's scores are computed the same way whoever its batch mates are."""
+
+_WASTED = (
+    "exit.vocab.proposal saves nothing: to rescore %d ids for each of %d rows takes longer than "
+    "to score the whole vocabulary"
+)
+_log = logging.getLogger(__name__)
 
 
 class Head(Protocol):
@@ -36,7 +47,7 @@ class Head(Protocol):
         """The final norm, [B, E] -> [B, E]."""
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
-        """Scores over the whole vocabulary, [B, E] -> [B, V] float32."""
+        """Scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +84,9 @@ def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None
 
 def confidence(
     kind: str,
-    scores: torch.Tensor,
-    total: torch.Tensor,
+    found: ScoreSummary,
     outside_lse: torch.Tensor | None,
-    vocab_size: int,
+    num_outside: int,
     states: SegmentOutput,
 ) -> torch.Tensor:
     """Confidence [B] float32 of the model in its best token.
@@ -86,43 +96,49 @@ def confidence(
 
     Args:
         kind: `margin` (arXiv 2410.18952, section 3), `max_prob`, `entropy` (1 - H / log V, the mass
-            outside taken as spread evenly) or `hidden_cosine` (CALM, section 3.4: cosine of the
-            states before and after the exit layer).
-        scores: [B, C] float32, the whole vocabulary or the kept ids.
-        total: [B] log of the whole mass, see `total_lse`.
-        outside_lse: [B], or None when `scores` is the whole vocabulary.
-        vocab_size: V.
+            outside taken as spread evenly; `found` needs `mean_log`) or `hidden_cosine` (CALM,
+            section 3.4: cosine of the states before and after the exit layer).
+        found: of the scores of the whole vocabulary or of the kept ids.
+        outside_lse: [B], or None when nothing is outside.
+        num_outside: ids that are not kept.
         states: before and after the exit layer.
     """
     if kind == "hidden_cosine":
         return cosine_similarity(states.hidden.float(), states.before.float(), dim=-1)
+    total = total_lse(found, outside_lse)
     if kind == "entropy":
-        return 1.0 - _entropy(scores, total, outside_lse, vocab_size) / math.log(vocab_size)
-    if kind == "max_prob":
-        return (scores.amax(-1) - total).exp()
-    best = top_k(scores, min(2, scores.shape[1]))[0].sort(-1, descending=True).values
-    probabilities = (best - total[:, None]).exp()
-    return probabilities[:, 0] - probabilities[:, 1:].sum(-1)
+        num_kept = found.num_columns
+        entropy = _entropy(found, total, outside_lse, num_outside)
+        return 1.0 - entropy / math.log(num_kept + num_outside)
+    best = (found.best - total).exp()
+    return best if kind == "max_prob" else best - (found.second - total).exp()
 
 
-def total_lse(scores: torch.Tensor, outside_lse: torch.Tensor | None) -> torch.Tensor:
+def total_lse(found: ScoreSummary, outside_lse: torch.Tensor | None) -> torch.Tensor:
     """Log-sum-exp [B] of all scores, those outside the kept ids included."""
-    total = scores.logsumexp(-1)
-    return total if outside_lse is None else torch.logaddexp(total, outside_lse)
+    return found.lse if outside_lse is None else torch.logaddexp(found.lse, outside_lse)
 
 
 def _entropy(
-    scores: torch.Tensor, total: torch.Tensor, outside_lse: torch.Tensor | None, vocab_size: int
+    found: ScoreSummary, total: torch.Tensor, outside_lse: torch.Tensor | None, num_outside: int
 ) -> torch.Tensor:
     """H [B] in nats."""
-    log_probabilities = scores - total[:, None]
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    num_outside = vocab_size - scores.shape[1]
+    if found.mean_log is None:
+        raise ValueError("entropy needs a summary made with mean_log=True")
+    log_inside = found.lse - total  # the log of the kept ids' share
+    entropy = -log_inside.exp() * (found.mean_log + log_inside)
     if outside_lse is None or not num_outside:
         return entropy
     log_outside = outside_lse - total
     spread = log_outside.exp() * (log_outside - math.log(num_outside))
     return entropy - torch.where(log_outside.isinf(), 0.0, spread)
+
+
+def _is_gathering_cheaper(weight: torch.Tensor, k: int, max_batch: int) -> bool:
+    """Whether scoring K ids one by one costs less than a product with the head [V, E]."""
+    if gathers_natively(weight):
+        return k * ID_COST < len(weight)
+    return max_batch * k < GATHER_LIMIT * len(weight)
 
 
 class ExitRule:
@@ -137,6 +153,7 @@ class ExitRule:
         always_kept: ids that pruning never drops (end and stop ids).
         max_resident: seats.
         max_batch: most rows per call; decides once how pruned scores are computed.
+        proposal: proposes the ids to keep; None: the head itself.
 
     Raises:
         UsageError: K is smaller than the number of ids that are always kept.
@@ -152,8 +169,10 @@ class ExitRule:
         always_kept: Sequence[int],
         max_resident: int,
         max_batch: int,
+        proposal: Proposal | None = None,
     ) -> None:
         self._head, self._exits, self._sampling = head, exits, sampling
+        self._proposal = proposal
         weight = head.head_weight
         self._device, self._vocab_size = weight.device, weight.shape[0]
         self._last = len(exit_layers) - 1
@@ -169,7 +188,9 @@ class ExitRule:
                 f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
                 "for the end and stop ids are always kept"
             )
-        self._gathers = max_batch * self._k < GATHER_LIMIT * self._vocab_size
+        self._gathers = _is_gathering_cheaper(weight, self._k, max_batch)
+        if proposal is not None and not self._gathers:
+            _log.warning(_WASTED, self._k, max_batch)
         if self._prune_depth is not None:
             shape = (max_resident, self._k)
             self._kept_ids = torch.zeros(shape, dtype=torch.int32, device=self._device)
@@ -206,19 +227,22 @@ class ExitRule:
         """
         seats = torch.tensor(tokens.seats, device=self._device)
         scores, ids, outside = self._scores(depth, states, seats)
-        total = total_lse(scores, outside)
         kind = self._exits.confidence
-        trust = confidence(kind, scores, total, outside, self._vocab_size, states)  # [B]
-        finite = total.isfinite()
+        found = summarise(scores, mean_log=kind == "entropy")
+        num_outside = self._vocab_size - scores.shape[1]
+        trust = confidence(kind, found, outside, num_outside, states)  # [B]
+        finite = total_lse(found, outside).isfinite()
+        best = found.column
         if self._penalises:
             seen = self._seen_by(tokens, seats)
             seen = seen if ids is None else seen.gather(1, ids)
-            scores = penalise(scores, seen, self._sampling.repetition_penalty)
+            scores = penalise(scores.float(), seen, self._sampling.repetition_penalty)
+            best = first_argmax(scores)
         if self._sampling.temperature == 0:
-            columns = first_argmax(scores)
-            token_ids = columns if ids is None else ids.gather(1, columns[:, None])[:, 0]
+            token_ids = best if ids is None else ids.gather(1, best[:, None])[:, 0]
         else:
-            token_ids = self._sampler.draw(scores, ids, tokens, is_last=depth == self._last)
+            is_last = depth == self._last
+            token_ids = self._sampler.draw(scores.float(), ids, tokens, is_last=is_last)
         leaves = trust > self._bars(depth, tokens.steps)
         columns_out = [column.double() for column in (token_ids, trust, leaves, finite)]
         host = torch.stack(columns_out).tolist()  # the one host sync
@@ -240,17 +264,22 @@ class ExitRule:
         is_full_end = depth == self._last and self._exits.vocab.final_head == "full"
         if self._prune_depth is None or depth < self._prune_depth or is_full_end:
             return self._head.scores(normed), None, None
-        if depth == self._prune_depth:
-            vocab, scores = prune(self._head.scores(normed), self._k, self._always)
-            self._kept_ids[seats] = vocab.ids
-            self._outside[seats] = vocab.outside_lse
-            return scores, vocab.ids.long(), vocab.outside_lse
-        ids = self._kept_ids[seats]
+        if depth > self._prune_depth:
+            ids = self._kept_ids[seats]
+            return self._rescored(normed, ids), ids.long(), self._outside[seats]
+        proposed = self._head.scores(normed) if self._proposal is None else self._proposal(normed)
+        vocab, scores = prune(proposed, self._k, self._always)
+        if self._proposal is not None:
+            scores = self._rescored(normed, vocab.ids)
+        self._kept_ids[seats] = vocab.ids
+        self._outside[seats] = vocab.outside_lse
+        return scores, vocab.ids.long(), vocab.outside_lse
+
+    def _rescored(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The head's scores [B, K] of the ids [B, K]."""
         if self._gathers:
-            scores = pruned_scores(normed, self._head.head_weight, ids)
-        else:
-            scores = self._head.scores(normed).gather(1, ids.long())
-        return scores, ids.long(), self._outside[seats]
+            return pruned_scores(normed, self._head.head_weight, ids)
+        return self._head.scores(normed).gather(1, ids.long())
 
     def _seen_by(self, tokens: ScoredTokens, seats: torch.Tensor) -> torch.Tensor:
         """[S, V] bool, the ids up to each token; drafts are no part of what the seats keep."""

@@ -11,6 +11,7 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.prompts import PromptEncoder
+from eevp_batch.engine.proposals import make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import ModelError
@@ -118,19 +119,25 @@ def build_engine(
         exit: exits; layers are resolved against the model.
         sampling: sampling.
         engine: batch and memory.
+
+    Raises:
+        UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
     config = weights.config
     exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
+    prune_layer = resolve_prune_layer(exit, exit_layers)
+    proposal = make_proposal(weights, exit.vocab, prune_layer)  # before the model is cut
     model = SegmentedModel(weights, exit_layers)
     return Engine(
         model=model,
         tokenizer=tokenizer,
         exits=exit,
         sampling=sampling,
-        prune_layer=resolve_prune_layer(exit, exit_layers),
+        prune_layer=prune_layer,
         end_ids=end_ids(weights, tokenizer),
         limits=resolve_limits(engine, model, config.max_position_embeddings),
+        proposal=proposal,
     )
 
 

@@ -134,5 +134,5 @@ class SegmentedModel:
         return self.layers.normed(hidden)
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
-        """LM-head scores over the whole vocabulary, [B, E] -> [B, V] float32."""
-        return self.layers.scores(normed).float()
+        """LM-head scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
+        return self.layers.scores(normed)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from eevp_batch.engine import exits
-from eevp_batch.engine.exits import decayed, total_lse
+from eevp_batch.engine.exits import decayed
 from eevp_batch.engine.pruned_vocab import prune
+from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.spec import DecaySpec
 
@@ -29,7 +30,8 @@ def confidence(
     vocab_size: int,
     states: SegmentOutput,
 ) -> torch.Tensor:
-    return exits.confidence(kind, scores, total_lse(scores, outside), outside, vocab_size, states)
+    found = summarise(scores, mean_log=True)
+    return exits.confidence(kind, found, outside, vocab_size - scores.shape[1], states)
 
 
 def test_margin_is_the_difference_of_the_two_best_probabilities() -> None:

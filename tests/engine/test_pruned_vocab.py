@@ -5,26 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eevp_batch.engine.pruned_vocab import first_argmax, prune, pruned_scores, top_k
+from eevp_batch.engine import pruned_vocab, score_summary
+from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
 
 NOBODY = torch.tensor([], dtype=torch.int64)
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def with_and_without_kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not request.param:
+        for module in (pruned_vocab, score_summary):
+            monkeypatch.setattr(module, "kernels", lambda dtype: None)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [7, 50, 96, 4096])
-@pytest.mark.parametrize("k", [1, 2, 5, 64, 300])
-def test_top_k_is_exact_for_every_shape(vocab_size: int, k: int) -> None:
-    scores = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(k))
+@pytest.mark.parametrize("k", [1, 2, 5, 64, 300, 2000])
+def test_top_k_is_exact_for_every_shape(vocab_size: int, k: int, dtype: torch.dtype) -> None:
+    """In bfloat16 many scores are equal."""
+    scores = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(k)).to(dtype)
     values, columns = top_k(scores, k)
     expected = scores.topk(min(k, vocab_size), sorted=True).values
     assert torch.equal(values.sort(-1, descending=True).values, expected)
     assert torch.equal(scores.gather(1, columns), values), "columns name the values"
     assert (columns.diff(dim=-1) > 0).all(), "columns ascend, so no id is kept twice"
-
-
-@pytest.mark.parametrize("vocab_size", [7, 64, 4096])
-def test_first_argmax_takes_the_first_of_equals(vocab_size: int) -> None:
-    scores = torch.randint(0, 4, (50, vocab_size)).float()
-    assert torch.equal(first_argmax(scores), scores.argmax(-1))
 
 
 def test_forced_ids_are_kept_whatever_they_score() -> None:
@@ -52,6 +59,18 @@ def test_the_whole_vocabulary_leaves_nothing_outside() -> None:
     assert torch.equal(vocab.outside_lse, torch.full((4,), -torch.inf))
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_keep_k_ids_nevertheless(bad: float) -> None:
+    scores = torch.randn(3, 4096)
+    scores[1, 10:40] = bad
+    scores[2] = bad
+    for k in (5, 64, 2000):
+        ids = prune(scores, k, torch.tensor([3, 700]))[0].ids
+        assert ids.shape == (3, k) and (ids.diff(dim=-1) > 0).all() and ids.max() < 4096
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
 def test_pruned_scores_equal_full_scores_at_the_kept_ids() -> None:
     normed, weight = torch.randn(5, 32), torch.randn(512, 32)
     full = normed @ weight.T

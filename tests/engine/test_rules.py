@@ -6,6 +6,7 @@ The oracle is plain transformers greedy generation of the same model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,30 @@ def test_keeping_the_whole_vocabulary_equals_no_pruning(
     pruned = run(make_engine(any_tiny_model, top_k=VOCAB_SIZE, **settings), prompts)
     whole = run(make_engine(any_tiny_model, top_k=None, **settings), prompts)
     assert all(same(pruned[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("proposal", ["int8", "low_rank"])
+def test_keeping_the_whole_vocabulary_of_a_proposal_equals_no_pruning(
+    tiny_llama: Path, prompts: list[Prompt], proposal: str
+) -> None:
+    settings = {"layers": [1, 3, 5], "threshold": 0.4}
+    vocab = {"proposal": proposal, "final_head": "pruned"}
+    pruned = run(make_engine(tiny_llama, top_k=VOCAB_SIZE, vocab=vocab, **settings), prompts)
+    whole = run(make_engine(tiny_llama, top_k=None, **settings), prompts)
+    assert all(same(pruned[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("vocab", [{"proposal": "int8"}, {"proposal": "low_rank", "rank": 8}])
+def test_a_row_of_a_proposal_alone_equals_the_row_in_a_mixed_batch(
+    tiny_llama: Path, prompts: list[Prompt], vocab: dict[str, Any]
+) -> None:
+    settings = {"layers": [2, 4], "threshold": 0.35, "top_k": 12}  # few enough to be gathered
+    settings |= {"vocab": {"final_head": "pruned", **vocab}}
+    mixed = run(make_engine(tiny_llama, max_batch=7, **settings), prompts)
+    alone = make_engine(tiny_llama, max_batch=1, limits={"max_resident": 1}, **settings)
+    for prompt in prompts:
+        replay = run(alone, [prompt])[prompt.row_id, 0]
+        assert same(replay, mixed[prompt.row_id, 0]), f"row {prompt.row_id} depends on its batch"
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -47,6 +47,9 @@ _SIGNATURES = {
     "eevp_add": [_POINTER, _POINTER, _COUNT],
     "eevp_silu_mul": [_POINTER, _POINTER, _COUNT, _COUNT],
     "eevp_attention": [_POINTER],
+    "eevp_summary": [_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER],
+    "eevp_top_k": [_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER],
+    "eevp_gathered": [_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT],
 }
 
 

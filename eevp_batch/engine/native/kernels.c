@@ -10,6 +10,8 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -78,6 +80,9 @@ static inline float sum16(vec16 x) {
 }
 
 static inline float max16(vec16 x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     float best = x[0];
     for (int i = 1; i < 16; i++) best = x[i] > best ? x[i] : best;
     return best;
@@ -387,4 +392,181 @@ void eevp_attention(const Attention *a) {
         for (int64_t block = 0; block < a->num_blocks; block++)
             for (int64_t head = 0; head < a->num_kv_heads; head++) attend_block(a, block, head);
     }
+}
+
+/* --- scores over the vocabulary --------------------------------------------------------------- */
+
+#define SELECT_BINS 1024
+#define SCORE_BLOCK 32 /* columns per maximum, see score_summary.BLOCK */
+
+static inline vec16 larger16(vec16 x, vec16 y) {
+#ifdef __AVX512F__
+    return (vec16)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return pick16(x > y, x, y);
+#endif
+}
+
+/* Of each row of scores [B, C]: the maximum of every block [B, ceil(C / 32)], log sum exp(x - m)
+ * with m the row's maximum, and sum exp(x - m) (x - m) / sum exp(x - m). A row of 98 KB is read
+ * twice, the second time out of the cache. NaN and infinities make both sums NaN. */
+void eevp_summary(const elem *scores, int64_t rows, int64_t columns, int64_t stride, float *blocks,
+                  float *log_sums, float *means) {
+    int64_t num_blocks = (columns + SCORE_BLOCK - 1) / SCORE_BLOCK;
+    int64_t whole = columns / SCORE_BLOCK * SCORE_BLOCK;
+#pragma omp parallel for if (rows * columns > 65536)
+    for (int64_t n = 0; n < rows; n++) {
+        const elem *row = scores + n * stride;
+        float *maxima = blocks + n * num_blocks, best = -INFINITY;
+        for (int64_t i = 0; i < whole; i += SCORE_BLOCK) {
+            float found = max16(larger16(load16(row + i), load16(row + i + 16)));
+            maxima[i / SCORE_BLOCK] = found;
+            best = found > best ? found : best;
+        }
+        if (whole < columns) {
+            float found = -INFINITY;
+            for (int64_t i = whole; i < columns; i++) {
+                float x = load1(row + i);
+                found = x > found ? x : found;
+            }
+            maxima[num_blocks - 1] = found;
+            best = found > best ? found : best;
+        }
+        vec16 sum[2] = {{0}}, weighted[2] = {{0}};
+        for (int64_t i = 0; i < whole; i += SCORE_BLOCK)
+            for (int half = 0; half < 2; half++) {
+                vec16 x = load16(row + i + 16 * half) - best, e = exp16(x);
+                sum[half] += e;
+                weighted[half] += e * x;
+            }
+        float total = sum16(sum[0] + sum[1]), product = sum16(weighted[0] + weighted[1]);
+        for (int64_t i = whole; i < columns; i++) {
+            float x = load1(row + i) - best, e = expf(x);
+            total += e;
+            product += e * x;
+        }
+        log_sums[n] = logf(total);
+        means[n] = product / total;
+    }
+}
+
+/* Order of floats as integers: every value has its place, NaN too. */
+static inline int32_t key_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+/* The k-th largest (k from 1) of n keys, which are moved about: Hoare's quickselect. */
+static int32_t quickselect(int32_t *a, int64_t n, int64_t k) {
+    int64_t low = 0, high = n - 1;
+    k--;
+    while (low < high) {
+        int32_t x = a[low], y = a[low + (high - low) / 2], z = a[high];
+        int32_t pivot = x < y ? (y < z ? y : x < z ? z : x) : (x < z ? x : y < z ? z : y);
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (a[i] > pivot) i++;
+            while (a[j] < pivot) j--;
+            if (i > j) break;
+            int32_t swapped = a[i];
+            a[i++] = a[j];
+            a[j--] = swapped;
+        }
+        if (k <= j) high = j;
+        else if (k >= i) low = i;
+        else break;
+    }
+    return a[k];
+}
+
+/* The same, keys left alone: a histogram names the bin of the k-th, and only that is searched.
+ * No branch of the two passes depends on a key. `bin` [n + 1] is scratch. */
+static int32_t kth_largest(const int32_t *keys, int64_t n, int64_t k, int32_t *bin) {
+    int32_t least = keys[0], most = keys[0], counts[SELECT_BINS] = {0};
+    for (int64_t i = 1; i < n; i++) {
+        least = keys[i] < least ? keys[i] : least;
+        most = keys[i] > most ? keys[i] : most;
+    }
+    uint32_t base = (uint32_t)least, shift = 0, wanted = SELECT_BINS - 1;
+    while (((uint32_t)most - base) >> shift >= SELECT_BINS) shift++;
+    for (int64_t i = 0; i < n; i++) counts[((uint32_t)keys[i] - base) >> shift]++;
+    for (; counts[wanted] < k; wanted--) k -= counts[wanted];
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        bin[size] = keys[i];
+        size += ((uint32_t)keys[i] - base) >> shift == wanted;
+    }
+    return quickselect(bin, size, k);
+}
+
+/* Columns of a row whose key is at least `least`, ascending, out of the blocks that have any. */
+static int64_t collect(const elem *row, int64_t columns, const float *maxima, int32_t least,
+                       int32_t *keys, int32_t *found) {
+    int64_t count = 0;
+    for (int64_t start = 0; start < columns; start += SCORE_BLOCK) {
+        if (key_of(maxima[start / SCORE_BLOCK]) < least) continue;
+        int64_t end = start + SCORE_BLOCK < columns ? start + SCORE_BLOCK : columns;
+        for (int64_t i = start; i < end; i++) {
+            int32_t key = key_of(load1(row + i));
+            keys[count] = key;
+            found[count] = (int32_t)i;
+            count += key >= least;
+        }
+    }
+    return count;
+}
+
+/* ids [B, K], ascending: the k largest of each row of scores [B, C], the first of equals at the
+ * border; blocks as eevp_summary gives them. k < C. The k-th best block bounds the k-th score. */
+void eevp_top_k(const elem *scores, int64_t rows, int64_t columns, int64_t stride,
+                const float *blocks, int64_t k, int32_t *ids) {
+    int64_t num_blocks = (columns + SCORE_BLOCK - 1) / SCORE_BLOCK;
+#pragma omp parallel if (rows > 1)
+    {
+        int32_t *keys = malloc((3 * columns + 3) * sizeof *keys);
+        int32_t *moved = keys + columns + 1, *found = moved + columns + 1;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t n = 0; n < rows; n++) {
+            const float *maxima = blocks + n * num_blocks;
+            const elem *row = scores + n * stride;
+            int32_t *out = ids + n * k, least = INT32_MIN;
+            if (k <= num_blocks) {
+                for (int64_t i = 0; i < num_blocks; i++) keys[i] = key_of(maxima[i]);
+                least = kth_largest(keys, num_blocks, k, moved);
+            }
+            int64_t count = collect(row, columns, maxima, least, keys, found);
+            if (count < k) /* a NaN hid a block's best */
+                count = collect(row, columns, maxima, INT32_MIN, keys, found);
+            int32_t border = kth_largest(keys, count, k, moved);
+            int64_t equal = k, kept = 0;
+            for (int64_t i = 0; i < count; i++) equal -= keys[i] > border;
+            for (int64_t i = 0; i < count; i++) {
+                int32_t key = keys[i];
+                moved[kept] = found[i];
+                kept += (key > border) | ((key == border) & (equal > 0));
+                equal -= key == border;
+            }
+            memcpy(out, moved, k * sizeof *out);
+        }
+        free(keys);
+    }
+}
+
+/* out [B, K] = states [B, E] . weight [V, E] at ids [B, K]; no row of the weight is copied. */
+void eevp_gathered(const elem *states, const elem *weight, const int32_t *ids, elem *out,
+                   int64_t rows, int64_t k, int64_t width) {
+#pragma omp parallel for collapse(2) if (rows * k * width > 65536)
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t j = 0; j < k; j++) {
+            const elem *state = states + n * width, *w = weight + (int64_t)ids[n * k + j] * width;
+            vec16 sum[2] = {{0}};
+            int64_t i = 0;
+            for (; i + 32 <= width; i += 32) {
+                sum[0] += load16(state + i) * load16(w + i);
+                sum[1] += load16(state + i + 16) * load16(w + i + 16);
+            }
+            if (i < width) sum[0] += load16(state + i) * load16(w + i);
+            store1(out + n * k + j, sum16(sum[0] + sum[1]));
+        }
 }

@@ -13,7 +13,12 @@ from torch.nn.functional import cosine_similarity
 
 from eevp_batch.engine.drafts import Sampler
 from eevp_batch.engine.proposals import Proposal
-from eevp_batch.engine.pruned_vocab import gathers_natively, prune, pruned_scores
+from eevp_batch.engine.pruned_vocab import (
+    exact_best,
+    gathers_natively,
+    prune,
+    pruned_scores,
+)
 from eevp_batch.engine.sampling import penalise
 from eevp_batch.engine.score_summary import ScoreSummary, first_argmax, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
@@ -233,6 +238,9 @@ class ExitRule:
         trust = confidence(kind, found, outside, num_outside, states)  # [B]
         finite = total_lse(found, outside).isfinite()
         best = found.column
+        if self._head.head_weight.dtype != torch.float32:
+            normed = self._head.normed(states.hidden)
+            best = exact_best(normed, self._head.head_weight, scores, ids, found)
         if self._penalises:
             seen = self._seen_by(tokens, seats)
             seen = seen if ids is None else seen.gather(1, ids)

@@ -13,6 +13,8 @@ from eevp_batch.engine.native import kernels
 from eevp_batch.engine.score_summary import BLOCK, ScoreSummary, summarise
 
 SUB_BLOCK = 8
+CONTENDERS = 4
+"""Ids that are told apart where scores are rounded."""
 GATHERED_BYTES = 2**20
 """Head rows gathered at a time: what stays in the cache until it is multiplied."""
 
@@ -162,6 +164,38 @@ def pruned_scores(normed: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor)
     step = len(ids) if weight.is_cuda else max(1, GATHERED_BYTES // row_bytes)
     parts = zip(torch.split(normed, step), torch.split(ids, step), strict=True)
     return torch.cat([_gathered_scores(part, weight, kept) for part, kept in parts]).float()
+
+
+def exact_best(
+    normed: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    ids: torch.Tensor | None,
+    summary: ScoreSummary,
+) -> torch.Tensor:
+    """Columns [B] of the largest scores, told apart in float32 where `scores` are rounded.
+
+    A bfloat16 score of 20 is known to a sixteenth, so that the first of several equal ones is often
+    not the largest. Rounding keeps order: the largest is among those that look largest.
+
+    Args:
+        normed: [B, E].
+        weight: [V, E].
+        scores: [B, C], their product at the ids, rounded.
+        ids: [B, C] of the scores; None: the whole vocabulary.
+        summary: of the scores.
+    """
+    blocks, best = summary.blocks, summary.column
+    tied = torch.arange(len(scores), device=scores.device)
+    if not scores.is_cuda:  # there, asking which are tied would cost more than telling all apart
+        tied = (summary.best == summary.second).nonzero()[:, 0]
+        scores, blocks, normed = scores[tied], blocks[tied], normed[tied]
+    if not len(tied):
+        return best
+    columns = top_k(scores, min(CONTENDERS, scores.shape[1]), blocks)[1]  # [B', CONTENDERS]
+    rows = weight[columns if ids is None else ids[tied].gather(1, columns)].float()
+    exact = (rows * normed[:, None].float()).sum(-1)
+    return best.index_copy(0, tied, columns.gather(1, exact.argmax(-1, keepdim=True))[:, 0])
 
 
 def gathers_natively(weight: torch.Tensor) -> bool:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eevp_batch.engine import pruned_vocab, score_summary
-from eevp_batch.engine.pruned_vocab import prune, pruned_scores, top_k
+from eevp_batch.engine.pruned_vocab import exact_best, prune, pruned_scores, top_k
+from eevp_batch.engine.score_summary import summarise
 
 NOBODY = torch.tensor([], dtype=torch.int64)
 
@@ -78,3 +79,24 @@ def test_pruned_scores_equal_full_scores_at_the_kept_ids() -> None:
     torch.testing.assert_close(
         pruned_scores(normed, weight, ids), full.gather(1, ids.long()), rtol=1e-5, atol=1e-5
     )
+
+
+def test_scores_that_look_equal_are_told_apart_in_float32() -> None:
+    """In bfloat16 two scores near 20 differ only from a sixteenth on."""
+    generator = torch.Generator().manual_seed(0)
+    normed = torch.randn(6, 32, generator=generator).bfloat16()
+    weight = torch.randn(320, 32, generator=generator).bfloat16()
+    weight[200] = weight[100]  # equal also in float32: the first counts
+    twin = normed[:3].float() * 0.75
+    weight[7:10] = twin.bfloat16()
+    weight[17:20] = (twin * 1.003).bfloat16()
+    exact = normed.float() @ weight.float().T
+    scores = exact.bfloat16()
+    found = summarise(scores)
+    assert (found.best == found.second).any(), "some of them must look equal"
+    best = exact_best(normed, weight, scores, None, found)
+    assert best.tolist() == exact.argmax(-1).tolist()
+    ids = torch.arange(320).expand(6, 320).flip(1)
+    turned = scores.flip(1)
+    best = exact_best(normed, weight, turned, ids, summarise(turned))
+    assert best.tolist() == exact.flip(1).argmax(-1).tolist(), "also among kept ids"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import throughput
+from tests.bench import forced_trace, gpu, throughput
 from tests.bench.quality import Judge, agreement
 from tests.bench.systems import load_transformers, setting_of, with_batches
 
@@ -69,3 +69,43 @@ def test_mean_log_probability_is_that_of_each_row_alone(tiny_llama: Path) -> Non
         total += sum(float(scores[len(prompt) - 1 + i, token]) for i, token in enumerate(output))
     found = Judge(str(tiny_llama), threads).mean_log_probability(PROMPTS, outputs)
     assert math.isclose(found, total / 5, rel_tol=1e-5)
+
+
+def test_the_ideal_counts_what_a_token_needs() -> None:
+    costs = forced_trace.Costs(num_layers=30, layer=10.0, head=80.0, projection=1.0)
+    assert costs.full() == 380
+    assert costs.with_exit(10, 0.0, "propagate", "full") == 380 + 80, "the check is charged"
+    assert costs.with_exit(10, 1.0, "propagate", "full") == 100 + 80 + 20
+    assert costs.with_exit(10, 1.0, "recompute", "pruned") == 380
+    assert costs.with_exit(10, 0.5, "propagate", "pruned") == 100 + 80 + 0.5 * 200 + 0.5 * 20
+
+
+@pytest.mark.slow
+def test_a_forced_trace_decides_who_leaves(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"forced_trace --model {tiny_llama} --dtype float32 --rows 12 --new-tokens 16"
+    command += " --rounds 1 --layers 2 --fractions 0 0.5 --top-k 32 --naive-batch 4"
+    command += f" --threads {torch.get_num_threads()} --out {tmp_path}/r"
+    monkeypatch.setattr(sys, "argv", command.split())
+    forced_trace.main()
+    found = json.loads((tmp_path / "r").read_text())
+    layers = {(row["kv"], row["fraction"]): row["mean_exit_layer"] for row in found["grouped"]}
+    assert layers["propagate", 0.0] == layers["recompute", 0.0] == 6.0
+    assert 3.2 < layers["propagate", 0.5] < 4.8, "half of them leave after layer 2 of 6"
+    overruled = {(row["fraction"], row["policy"]): row["share_overruled"] for row in found["naive"]}
+    assert overruled[0.5, "grouped"] == 0 < overruled[0.5, "slowest waits"]
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "gpu --device cpu --shape tiny --batches 3 --new-tokens 6 --prompt-tokens 9"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*command.split(), "--rounds", "1", "--out", f"{tmp_path}/r", "--systems", *gpu.POLICIES],
+    )
+    gpu.main()
+    found = json.loads((tmp_path / "r").read_text())
+    assert [run["system"] for run in found["runs"]] == [*gpu.POLICIES]
+    assert all(run["tokens_per_s"][0] > 0 for run in found["runs"])

@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.load import load
+from eevp_batch.engine.load import build_engine, load
 from eevp_batch.engine.residents import EXPECT_AFTER
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
-from eevp_batch.spec import SamplingSpec
+from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
 from tests.engine.conftest import NEW_TOKENS, load_model, make_engine, oracle, run
 
 NAN_ID = 319
@@ -239,3 +239,16 @@ def test_rows_that_run_out_of_pages_start_again_and_come_out_the_same(
     for key, generation in expected.items():
         assert found[key].token_ids == generation.token_ids
         assert found[key].exit_layers == generation.exit_layers
+
+
+def test_a_model_without_an_end_id_runs_to_the_length(
+    tiny_llama: Path, prompts: list[Prompt]
+) -> None:
+    model = load_model(tiny_llama)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.eos_token = None
+    exits = ExitSpec(layers=[2], threshold=0.3, vocab=VocabSpec(top_k=32))
+    engine = build_engine(model, tokenizer, exits, SamplingSpec(max_new_tokens=8), EngineSpec())
+    found = run(engine, prompts[:5])
+    assert {g.finish_reason for g in found.values()} == {"length"}

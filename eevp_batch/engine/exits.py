@@ -188,8 +188,7 @@ class ExitRule:
         self._thresholds = (
             list(thresholds) if isinstance(thresholds, list) else [thresholds] * self._last
         )
-        ids = sorted(set(always_kept))
-        self._always = torch.tensor(ids, dtype=torch.int64, device=self._device)
+        self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
         self._k = min(exits.vocab.top_k or self._vocab_size, self._vocab_size)
         if self._k < len(self._always):
             raise UsageError(

@@ -251,34 +251,33 @@ class ExitRule:
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
         seats = torch.tensor(tokens.seats, device=self._device)
-        scores, ids, outside = self._scores(depth, states, seats)
+        normed = self._head.normed(states.hidden)
+        scores, ids, outside = self._scores(depth, normed, seats)
         kind = self._exits.confidence
         found = summarise(scores, mean_log=kind == "entropy")
         num_outside = self._vocab_size - scores.shape[1]
         trust = confidence(kind, found, outside, num_outside, states)  # [B]
         finite = total_lse(found, outside).isfinite()
-        best = found.column
-        if self._head.head_weight.dtype != torch.float32:
-            normed = self._head.normed(states.hidden)
-            best = exact_best(normed, self._head.head_weight, scores, ids, found)
         if self._penalises:
             seen = self._seen_by(tokens, seats)
             seen = seen if ids is None else seen.gather(1, ids)
             scores = penalise(scores.float(), seen, self._sampling.repetition_penalty)
-            best = first_argmax(scores)
-        if self._sampling.temperature == 0:
-            token_ids = best if ids is None else ids.gather(1, best[:, None])[:, 0]
-        else:
+        if self._sampling.temperature > 0:
             is_last = depth == self._last
             token_ids = self._sampler.draw(scores.float(), ids, tokens, is_last=is_last)
+        else:
+            if self._penalises:
+                best = first_argmax(scores)
+            else:
+                best = exact_best(normed, self._head.head_weight, scores, ids, found)
+            token_ids = best if ids is None else ids.gather(1, best[:, None])[:, 0]
         leaves = trust > self._bars(depth, tokens.steps)
         return torch.stack([column.double() for column in (token_ids, trust, leaves, finite)])
 
     def _scores(
-        self, depth: int, states: SegmentOutput, seats: torch.Tensor
+        self, depth: int, normed: torch.Tensor, seats: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Scores [B, C], their ids [B, C] (None: the whole vocabulary) and the mass outside."""
-        normed = self._head.normed(states.hidden)
         is_full_end = depth == self._last and self._exits.vocab.final_head == "full"
         if self._prune_depth is None or depth < self._prune_depth or is_full_end:
             return self._head.scores(normed), None, None

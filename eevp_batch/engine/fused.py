@@ -160,8 +160,7 @@ class FusedLayers:
         Returns:
             The rows' states [N, E], and those of the front rows before the last layer, [B, E].
         """
-        tables = _Tables(self, tokens.positions)
-        attention = self._attention(tokens, pool, tables)
+        attention = self._attention(tokens, pool)
         waiting = _Waiting(self, tokens, pool) if len(tokens.project_slots) else None
         delta: torch.Tensor | None = None
         before = hidden
@@ -172,8 +171,8 @@ class FusedLayers:
             normed = self._norm(hidden, delta, layer.input_norm, "normed")
             if index == indices[-1]:
                 before = hidden.index_select(0, tokens.scored_rows)
-            mixed = self._attend(layer, index, normed, attention, pool)
-            normed = self._norm(hidden, layer.out(mixed), layer.middle_norm, "normed")
+            self._call(index, layer.qkv(normed), attention)
+            normed = self._norm(hidden, layer.out(attention.out), layer.middle_norm, "normed")
             delta = layer.down(self._silu_mul(layer.gate_up(normed)))
         if delta is not None:
             self._kernels.eevp_add(hidden.data_ptr(), delta.data_ptr(), hidden.numel())
@@ -222,69 +221,80 @@ class FusedLayers:
         self._kernels.eevp_silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
 
-    def _attention(self, tokens: PackedTokens, pool: KvPool, tables: _Tables) -> native.Attention:
-        """The parts of the attention call that are the same for every layer."""
-        rows = tokens.num_rows
-        width = self._num_heads * self._head_size
+    def _attention(self, tokens: PackedTokens, pool: KvPool) -> _Attention:
+        """The attention call of the rows of a pack."""
+        rows, width = tokens.num_rows, self._num_heads * self._head_size
         blocks, seats = _blocks(tokens)
-        tables.keep += (blocks, seats)
-        return native.Attention(
-            cosine=tables.cosine.data_ptr(),
-            sine=tables.sine.data_ptr(),
-            slots=tokens.slots.data_ptr(),
-            positions=tokens.positions.data_ptr(),
-            seats=seats.data_ptr(),
-            page_table=pool.page_table.data_ptr(),
-            blocks=blocks.data_ptr(),
-            queries=self._buffer("queries", rows, width, torch.float32).data_ptr(),
-            out=self._buffer("mixed", rows, width, self._dtype).data_ptr(),
-            num_rows=rows,
-            num_blocks=len(blocks) - 1,
+        call = _Attention(self, pool, tokens.positions, tokens.slots)
+        call.look(
+            blocks=blocks,
+            seats=seats,
+            queries=self._buffer("queries", rows, width, torch.float32),
+            out=self._buffer("mixed", rows, width, self._dtype),
             num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            head_size=self._head_size,
-            table_width=pool.page_table.shape[1],
-            eps=self._eps,
+        )
+        return call
+
+    def _call(self, index: int, projected: torch.Tensor, attention: _Attention) -> None:
+        """Write the rows' keys/values of layer `index`, and attend where they look."""
+        layer, fields = self._layers[index], attention.fields
+        fields.qkv = projected.data_ptr()
+        fields.keys, fields.values = attention.pool.pointers[index]
+        fields.q_norm = None if layer.q_norm is None else layer.q_norm.data_ptr()
+        fields.k_norm = None if layer.k_norm is None else layer.k_norm.data_ptr()
+        fields.window, fields.scaling = layer.window, layer.scaling
+        self._kernels.eevp_attention(ctypes.byref(fields))
+
+
+class _Attention:
+    """What the attention kernel is told of a pack's rows, the same for every layer of a segment.
+
+    The kernel gets addresses; the tensors behind them live as long as this does. Until `look` the
+    rows bring keys and values only, and nothing attends.
+
+    Attributes:
+        fields: the structure that the kernel reads.
+        out: [N, H * D] what it writes.
+    """
+
+    out: torch.Tensor
+
+    def __init__(
+        self, layers: FusedLayers, pool: KvPool, positions: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        like = torch.empty(1, dtype=torch.float32)  # so that angles are float32, [1, N, D]
+        cosine, sine = layers._rotary(like, position_ids=positions[None])
+        self.pool = pool
+        self._alive = {
+            "cosine": cosine[0].contiguous(),
+            "sine": sine[0].contiguous(),
+            "positions": positions,
+            "slots": slots,
+        }
+        self.fields = native.Attention(
+            **{name: tensor.data_ptr() for name, tensor in self._alive.items()},
+            num_rows=len(positions),
+            num_kv_heads=layers._num_kv_heads,
+            head_size=layers._head_size,
+            eps=layers._eps,
         )
 
-    def _attend(
+    def look(
         self,
-        layer: FusedLayer,
-        index: int,
-        normed: torch.Tensor,
-        attention: native.Attention,
-        pool: KvPool,
-    ) -> torch.Tensor:
-        """Attention's output before its last product, [N, H * D]."""
-        qkv = layer.qkv(normed)
-        self._call(layer, index, qkv, attention, pool)
-        width = self._num_heads * self._head_size
-        return self._scratch["mixed"][: len(normed) * width].view(-1, width)
-
-    def _call(
-        self,
-        layer: FusedLayer,
-        index: int,
-        projected: torch.Tensor,
-        attention: native.Attention,
-        pool: KvPool,
+        blocks: torch.Tensor,
+        seats: torch.Tensor,
+        queries: torch.Tensor,
+        out: torch.Tensor,
+        num_heads: int,
     ) -> None:
-        attention.qkv = projected.data_ptr()
-        attention.keys, attention.values = pool.pointers[index]
-        attention.q_norm = None if layer.q_norm is None else layer.q_norm.data_ptr()
-        attention.k_norm = None if layer.k_norm is None else layer.k_norm.data_ptr()
-        attention.window, attention.scaling = layer.window, layer.scaling
-        self._kernels.eevp_attention(ctypes.byref(attention))
-
-
-class _Tables:
-    """Cosines and sines [N, D] float32 of a pack's positions."""
-
-    def __init__(self, layers: FusedLayers, positions: torch.Tensor) -> None:
-        like = torch.empty(1, dtype=torch.float32)
-        cosine, sine = layers._rotary(like, position_ids=positions[None])
-        self.cosine, self.sine = cosine[0].contiguous(), sine[0].contiguous()
-        self.keep: tuple[torch.Tensor, ...] = ()
+        """Let the rows attend; see `_blocks` for the first two, the others are [N, H * D]."""
+        self.out, table = out, self.pool.page_table
+        looking = {"blocks": blocks, "seats": seats, "queries": queries, "out": out}
+        for name, tensor in (looking | {"page_table": table}).items():
+            setattr(self.fields, name, tensor.data_ptr())
+        self._alive |= looking
+        self.fields.num_blocks, self.fields.num_heads = len(blocks) - 1, num_heads
+        self.fields.table_width = table.shape[1]
 
 
 def _blocks(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,23 +317,13 @@ class _Waiting:
     """The tokens of a pack that are only projected: their states, read once for all layers."""
 
     def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvPool) -> None:
-        self._layers, self._pool = layers, pool
+        self._layers = layers
         self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
-        self._tables = _Tables(layers, tokens.project_positions)
-        self._attention = native.Attention(
-            cosine=self._tables.cosine.data_ptr(),
-            sine=self._tables.sine.data_ptr(),
-            slots=tokens.project_slots.data_ptr(),
-            positions=tokens.project_positions.data_ptr(),
-            num_rows=len(tokens.project_slots),
-            num_kv_heads=layers._num_kv_heads,
-            head_size=layers._head_size,
-            eps=layers._eps,
-        )
+        self._attention = _Attention(layers, pool, tokens.project_positions, tokens.project_slots)
 
     def project(self, index: int) -> None:
         """Write their keys/values of layer `index` (CALM, section 3.4)."""
         layers = self._layers
         layer = layers._layers[index]
         normed = layers._norm(self._hidden, None, layer.input_norm, "waiting")
-        layers._call(layer, index, layer.kv(normed), self._attention, self._pool)
+        layers._call(index, layer.kv(normed), self._attention)

@@ -186,6 +186,8 @@ def exact_best(
         summary: of the scores.
     """
     blocks, best = summary.blocks, summary.column
+    if weight.dtype == torch.float32:
+        return best
     tied = torch.arange(len(scores), device=scores.device)
     if not scores.is_cuda:  # there, asking which are tied would cost more than telling all apart
         tied = (summary.best == summary.second).nonzero()[:, 0]

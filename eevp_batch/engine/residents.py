@@ -12,7 +12,7 @@ from collections import deque
 from typing import Protocol
 
 from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.kv_cache import PAGE_SIZE
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
@@ -62,19 +62,7 @@ class Residents:
     ) -> None:
         self._model, self._queues, self._stats, self._watch = model, queues, stats, watch
         self._shares_prefixes, self._max_new_tokens = limits.shares_prefixes, max_new_tokens
-        self.pool = KvPool(
-            num_pages=limits.num_pages,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_size=model.head_size,
-            hidden_size=model.hidden_size,
-            max_resident=limits.max_resident,
-            max_pages=limits.max_pages,
-            dtype=model.dtype,
-            device=model.device,
-            hidden_dtype=model.layers.hidden_dtype,
-            by_lane=model.layers.by_lane,
-        )
+        self.pool = model.make_pool(limits.num_pages, limits.max_resident, limits.max_pages)
         self.prefixes = Prefixes(self.pool)
         self.arrivals: deque[Sequence] = deque()
         self._step_tokens = limits.step_tokens

@@ -11,7 +11,6 @@ import time
 
 import torch
 
-from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.segmented_model import SegmentedModel
 
@@ -35,19 +34,7 @@ def full_batch(model: SegmentedModel, max_batch: int) -> int:
 @torch.inference_mode()
 def layer_time(model: SegmentedModel, num_rows: int) -> float:
     """Seconds of the first layer over so many rows, attention's reading left out; the best try."""
-    pool = KvPool(
-        num_pages=1,
-        num_layers=1,
-        num_kv_heads=model.num_kv_heads,
-        head_size=model.head_size,
-        hidden_size=model.hidden_size,
-        max_resident=1,
-        max_pages=1,
-        dtype=model.dtype,
-        device=model.device,
-        hidden_dtype=model.layers.hidden_dtype,
-        by_lane=model.layers.by_lane,
-    )
+    pool = model.make_pool(num_pages=1, max_resident=1, max_pages=1)
     num_rows += -num_rows % model.layers.row_multiple
     rows = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
     tokens = PackedTokens(

@@ -108,6 +108,22 @@ class SegmentedModel:
     def device(self) -> torch.device:
         return self.head_weight.device
 
+    def make_pool(self, num_pages: int, max_resident: int, max_pages: int) -> KvPool:
+        """An empty pool for this model's keys, values and states; see `KvPool`."""
+        return KvPool(
+            num_pages=num_pages,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            hidden_size=self.hidden_size,
+            max_resident=max_resident,
+            max_pages=max_pages,
+            dtype=self.dtype,
+            device=self.device,
+            hidden_dtype=self.layers.hidden_dtype,
+            by_lane=self.layers.by_lane,
+        )
+
     def segment_layers(self, depth: int) -> range:
         """0-based indices of the layers that segment `depth` runs."""
         start = self.exit_layers[depth - 1] if depth else 0

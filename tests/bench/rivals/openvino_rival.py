@@ -6,18 +6,17 @@ The model is a folder that `optimum-cli export openvino --task text-generation-w
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
-from wire import Outputs, Prompts, serve, up_to_end, versions
+from wire import OneCall, Outputs, Prompts, serve, up_to_end, versions
 
 PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 
-class OpenVino:
+class OpenVino(OneCall):
     """A pipeline whose scheduler holds `batch` sequences."""
 
     def __init__(self, request: dict[str, Any]) -> None:
@@ -39,15 +38,6 @@ class OpenVino:
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             request["model"], scheduler, "CPU", properties
         )
-
-    def first_token(self, prompt: list[int]) -> float:
-        """Generate one token."""
-        self._run([prompt], 1)
-        return time.monotonic()
-
-    def generate(self, prompts: Prompts) -> tuple[Outputs, dict[str, Any]]:
-        """Generate for all prompts."""
-        return self._run(prompts, self._max_new_tokens), {}
 
     def _run(self, prompts: Prompts, max_new_tokens: int) -> Outputs:
         config = openvino_genai.GenerationConfig()

@@ -5,13 +5,12 @@ Environment variables that vLLM needs for both cores are set by who starts it (t
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from wire import Outputs, Prompts, serve, up_to_end, versions
+from wire import OneCall, Outputs, Prompts, serve, up_to_end, versions
 
 
-class Vllm:
+class Vllm(OneCall):
     """An engine of `batch` sequences, compiled, without prefix caching."""
 
     def __init__(self, request: dict[str, Any]) -> None:
@@ -30,15 +29,6 @@ class Vllm:
             enable_prefix_caching=False,
             disable_log_stats=True,
         )
-
-    def first_token(self, prompt: list[int]) -> float:
-        """Generate one token."""
-        self._run([prompt], 1)
-        return time.monotonic()
-
-    def generate(self, prompts: Prompts) -> tuple[Outputs, dict[str, Any]]:
-        """Generate for all prompts."""
-        return self._run(prompts, self._max_new_tokens), {}
 
     def _run(self, prompts: Prompts, max_new_tokens: int) -> Outputs:
         results = self._llm.generate(

@@ -37,6 +37,22 @@ class System(Protocol):
         """Generate greedily for all prompts; returns their new token ids and what else to note."""
 
 
+class OneCall:
+    """The half of a system that generates by one call, `_run(prompts, max_new_tokens)`."""
+
+    _max_new_tokens: int
+    _run: Callable[[Prompts, int], Outputs]
+
+    def first_token(self, prompt: list[int]) -> float:
+        """Generate one token."""
+        self._run([prompt], 1)
+        return time.monotonic()
+
+    def generate(self, prompts: Prompts) -> tuple[Outputs, dict[str, Any]]:
+        """Generate for all prompts."""
+        return self._run(prompts, self._max_new_tokens), {}
+
+
 def serve(load: Callable[[dict[str, Any]], System]) -> None:
     """Load what the first line asks for, then run once for every further line.
 

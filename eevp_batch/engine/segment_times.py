@@ -26,7 +26,16 @@ def full_batch(model: SegmentedModel, max_batch: int) -> int:
     A few milliseconds on a small model: the first layer is run on rows that belong to nobody.
     """
     sizes = [size for size in SIZES if size < max_batch]
-    per_row = {size: layer_time(model, size) / size for size in (*sizes, max_batch)}
+    return nearly_best({size: layer_time(model, size) for size in (*sizes, max_batch)})
+
+
+def nearly_best(seconds: dict[int, float]) -> int:
+    """Smallest batch in which a row costs at most `NEAR_BEST` times what it costs in the best.
+
+    Args:
+        seconds: of a run, by batch size.
+    """
+    per_row = {size: taken / size for size, taken in seconds.items()}
     best = min(per_row.values())
     return min(size for size, cost in per_row.items() if cost <= NEAR_BEST * best)
 

@@ -4,7 +4,8 @@ EevpError                     1
 ├── UsageError                2   what the user gave cannot be used; found before the start
 │   ├── SpecError                 the job file: file, line, field, found, allowed
 │   ├── InputError                the input data: file, column, found, allowed
-│   └── ModelError                the model folder: missing, unsupported, not to be trusted
+│   ├── ModelError                the model folder: missing, unsupported, not to be trusted
+│   └── FittedExitsError          fitted exits: damaged, or of another model
 ├── TooManyErrorsError        3   more error rows than `run.max_error_rate` allows
 ├── ResumeRefusedError        4   the output folder belongs to another job
 ├── ClusterError              5   no cluster to be reached, or it refused us
@@ -85,6 +86,10 @@ class TooManyErrorsError(EevpError):
     """More rows failed than `run.max_error_rate` allows."""
 
     exit_code = 3
+
+
+class FittedExitsError(UsageError):
+    """Fitted exits cannot be used: damaged, of another format, or made for another model."""
 
 
 class ResumeRefusedError(EevpError):

@@ -7,6 +7,7 @@ packed tokens and the pool, nothing of sequences, exits or sampling.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,16 +71,7 @@ class SegmentedModel:
                 "on the longest sequence of the batch"
             )
         self.num_layers: int = config.num_hidden_layers
-        self.exit_layers = tuple(exit_layers)
-        if (
-            list(self.exit_layers) != sorted(set(self.exit_layers))
-            or self.exit_layers[-1] != self.num_layers
-            or self.exit_layers[0] < 1
-        ):
-            raise ModelError(
-                f"exit layers: found {list(exit_layers)}; allowed: increasing layers, the last "
-                f"one {self.num_layers}"
-            )
+        self.exit_layers = self._checked(exit_layers)
         self.config = config
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -94,6 +86,28 @@ class SegmentedModel:
         else:
             _log.info("layers run as transformers wrote them: %s", objection)
             self.layers = ModuleLayers(model)
+
+    def _checked(self, exit_layers: Sequence[int]) -> tuple[int, ...]:
+        if (
+            list(exit_layers) != sorted(set(exit_layers))
+            or exit_layers[-1] != self.num_layers
+            or exit_layers[0] < 1
+        ):
+            raise ModelError(
+                f"exit layers: found {list(exit_layers)}; allowed: increasing layers, the last "
+                f"one {self.num_layers}"
+            )
+        return tuple(exit_layers)
+
+    def recut(self, exit_layers: Sequence[int]) -> SegmentedModel:
+        """The same layers, not copied, cut at other exit layers.
+
+        Raises:
+            ModelError: exit layers that do not fit.
+        """
+        other = copy.copy(self)
+        other.exit_layers = self._checked(exit_layers)
+        return other
 
     @property
     def num_segments(self) -> int:

@@ -1,0 +1,208 @@
+"""What `fit` makes for a model: exit heads, bridges and a proposal, in a folder of their own.
+
+Everything fitted reads the same input, the *unit state* u = h / rms(h) of the state h after an exit
+layer: its scale is the same for every token, whatever the model's massive activations are. Knows
+tensors and files, nothing of how they are fitted or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+
+from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.errors import FittedExitsError
+
+FORMAT = 1
+MANIFEST, WEIGHTS = "fitted.json", "fitted.safetensors"
+Kind = Literal["generated", "prompt"]
+
+
+def unit_state(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    """The unit state h / rms(h), [N, E] -> [N, E] float32."""
+    hidden = hidden.float()
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """x -> weight x + bias; weight [out, in], bias [out]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, in] -> [N, out] in the type of the rows."""
+        return torch.nn.functional.linear(
+            rows, self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """Keys and values of the layers behind an exit, from the state that a token left with.
+
+    Attributes:
+        layers: by layer number (1-based): [k; v] = weight x + bias of that layer's stacked key and
+            value projection, before any key norm and before rotary; [2 * num_kv_heads * D].
+        down: [r, E]; x = down u where there is one, else x = u.
+    """
+
+    layers: Mapping[int, Affine]
+    down: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FittedExits:
+    """All that is fitted for one model.
+
+    Attributes:
+        model_hash: content hash of the model that it belongs to.
+        num_layers: L of that model.
+        hidden_size: E of that model.
+        exit_layers: e_1 < ..., the last layer apart.
+        heads: by exit layer: the state before the final norm is u + head(u) there; zeros are the
+            logit lens.
+        bridges: by kind of token and exit layer; `prompt` at the first exit layer only.
+        proposal: proposes the ids to keep at the first exit layer.
+        tail: tokens at the end of a prompt that run at full depth even where a prompt is bridged.
+        facts: what made it: data, settings, figures; written as they are.
+    """
+
+    model_hash: str
+    num_layers: int
+    hidden_size: int
+    exit_layers: tuple[int, ...]
+    heads: Mapping[int, Affine] = field(default_factory=dict)
+    bridges: Mapping[tuple[Kind, int], Bridge] = field(default_factory=dict)
+    proposal: LowRankProposal | None = None
+    tail: int = 1
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder; the manifest comes last and holds the hash of the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = format_safetensors({k: v.contiguous() for k, v in self._tensors().items()})
+        (folder / WEIGHTS).write_bytes(weights)
+        manifest = {
+            "format": FORMAT,
+            "model_hash": self.model_hash,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "exit_layers": list(self.exit_layers),
+            "tail": self.tail,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            **self.facts,
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> FittedExits:
+        """Read a folder.
+
+        Raises:
+            FittedExitsError: it is not there, not whole, or not of this format.
+        """
+        manifest = read_manifest(folder)
+        try:
+            weights = (folder / WEIGHTS).read_bytes()
+        except OSError as error:
+            raise FittedExitsError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+        found = hashlib.sha256(weights).hexdigest()
+        if found != manifest["weights_sha256"]:
+            raise FittedExitsError(
+                f"{folder / WEIGHTS}: found sha256 {found}; allowed: "
+                f"{manifest['weights_sha256']}, what {MANIFEST} says"
+            )
+        try:
+            tensors = parse_safetensors(weights)
+        except SafetensorError as error:
+            raise FittedExitsError(f"{folder / WEIGHTS}: {error}") from error
+        return _assembled(manifest, tensors)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by the name that it has in the file."""
+        out: dict[str, torch.Tensor] = {}
+        for layer, head in self.heads.items():
+            out |= {f"heads.{layer}.weight": head.weight, f"heads.{layer}.bias": head.bias}
+        for (kind, exit_layer), bridge in self.bridges.items():
+            stem = f"bridges.{kind}.{exit_layer}"
+            if bridge.down is not None:
+                out[f"{stem}.down"] = bridge.down
+            for layer, affine in bridge.layers.items():
+                out[f"{stem}.{layer}.weight"] = affine.weight
+                out[f"{stem}.{layer}.bias"] = affine.bias
+        if self.proposal is not None:
+            out |= {"proposal.left": self.proposal.left, "proposal.right": self.proposal.right}
+        return out
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `fit` wrote.
+
+    Raises:
+        FittedExitsError: it cannot be read, or is of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FittedExitsError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise FittedExitsError(f"{path}: format: found {found!r}; allowed: {FORMAT}")
+    return manifest
+
+
+_OWN_FIELDS = (
+    "format",
+    "model_hash",
+    "num_layers",
+    "hidden_size",
+    "exit_layers",
+    "tail",
+    "weights_sha256",
+)
+
+
+def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FittedExits:
+    """The exits from their files' contents."""
+
+    def affine(stem: str) -> Affine:
+        return Affine(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"])
+
+    exit_layers, num_layers = tuple(manifest["exit_layers"]), int(manifest["num_layers"])
+    heads = {e: affine(f"heads.{e}") for e in exit_layers if f"heads.{e}.weight" in tensors}
+    kinds: tuple[Kind, ...] = ("generated", "prompt")
+    bridges: dict[tuple[Kind, int], Bridge] = {}
+    for kind in kinds:
+        for e in exit_layers:
+            stem = f"bridges.{kind}.{e}"
+            if f"{stem}.{num_layers}.weight" in tensors:
+                layers = {
+                    layer: affine(f"{stem}.{layer}") for layer in range(e + 1, num_layers + 1)
+                }
+                bridges[kind, e] = Bridge(layers, tensors.get(f"{stem}.down"))
+    proposal = None
+    if "proposal.left" in tensors:
+        proposal = LowRankProposal(tensors["proposal.left"], tensors["proposal.right"])
+    return FittedExits(
+        model_hash=manifest["model_hash"],
+        num_layers=num_layers,
+        hidden_size=int(manifest["hidden_size"]),
+        exit_layers=exit_layers,
+        heads=heads,
+        bridges=bridges,
+        proposal=proposal,
+        tail=int(manifest["tail"]),
+        facts={name: value for name, value in manifest.items() if name not in _OWN_FIELDS},
+    )

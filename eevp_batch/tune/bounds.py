@@ -29,6 +29,7 @@ Losses = Sequence[float] | Floats
 _ADAPTIVE_SHARE = 0.5
 _FIXED_BETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 _FIXED_SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32)
+_MOST_ROWS_SUMMED = 10**7  # beyond them Hoeffding's bound is estimate enough
 
 
 def p_value(kind: PValueKind, losses: Losses, delta: float, *, epsilon: float, seed: int) -> float:
@@ -101,10 +102,11 @@ def rows_needed(delta: float, epsilon: float, expected_risk: float) -> int | Non
     _check_share("epsilon", epsilon)
     if not 0 <= expected_risk <= 1:
         raise CalibrationError(f"expected risk: found {expected_risk}; allowed: 0 to 1")
-    if expected_risk >= delta:
+    divergence = _divergence(expected_risk, delta) if expected_risk < delta else 0.0
+    if divergence <= 0:
         return None
-    by_hoeffding = math.ceil(-math.log(epsilon) / _divergence(expected_risk, delta))
-    if expected_risk == 0:
+    by_hoeffding = math.ceil(-math.log(epsilon) / divergence)
+    if expected_risk == 0 or by_hoeffding > _MOST_ROWS_SUMMED:
         return by_hoeffding
 
     def passes(num_bad: int, num_rows: int) -> bool:

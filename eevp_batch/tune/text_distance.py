@@ -12,8 +12,8 @@ def edit_distance(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> int:
     """Levenshtein distance: the fewest insertions, deletions and replacements.
 
     One bit per token of the shorter sequence and a few operations on long integers per token of the
-    longer (Myers 1999, in the form of Hyyro 2003 for the distance of whole strings): some tenths of
-    a millisecond for 256 tokens.
+    longer (Myers 1999, in the form of Hyyro 2003 for the distance of whole strings): half a
+    millisecond for 256 tokens of which none agree.
     """
     found, wanted = _without_common_ends(found, wanted)
     if len(found) > len(wanted):
@@ -57,8 +57,8 @@ def first_divergence(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> i
 
 def diverged_loss(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:
     """Share of the longer sequence from the first difference on, in [0, 1]."""
-    position = first_divergence(found, wanted)
-    return 0.0 if position is None else 1 - position / max(len(found), len(wanted))
+    position, longer = first_divergence(found, wanted), max(len(found), len(wanted))
+    return 0.0 if position is None else (longer - position) / longer
 
 
 def disagreement(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:

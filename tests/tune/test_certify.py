@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eevp_batch.errors import CalibrationError
@@ -24,11 +24,12 @@ def test_the_path_buys_speed_with_risk() -> None:
 
 
 @given(figures)
-def test_the_path_is_the_pareto_front(settings: list[tuple[int, int]]) -> None:
-    path = order_path([r for r, _ in settings], [c for _, c in settings])
-    on_path = [settings[i] for i in path]
+@settings(deadline=None)
+def test_the_path_is_the_pareto_front(candidates: list[tuple[int, int]]) -> None:
+    path = order_path([r for r, _ in candidates], [c for _, c in candidates])
+    on_path = [candidates[i] for i in path]
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(on_path))
-    for risk, cost in settings:
+    for risk, cost in candidates:
         assert any(r <= risk and c <= cost for r, c in on_path), "a setting better than the path"
 
 
@@ -59,6 +60,6 @@ def test_nothing_behind_the_first_failure_is_looked_at() -> None:
 
 @pytest.mark.parametrize("kind", ["betting", "hoeffding_bentkus"])
 def test_the_boldest_that_passes_is_certified(kind: PValueKind) -> None:
-    settings = [[0.0] * 300, [0.0] * 299 + [1.0], [0.2] * 300, [0.0] * 300]
-    assert certify(settings, 0.05, 0.05, kind=kind) == 1
-    assert certify(settings[2:], 0.05, 0.05, kind=kind) is None
+    losses = [[0.0] * 300, [0.0] * 299 + [1.0], [0.2] * 300, [0.0] * 300]
+    assert certify(losses, 0.05, 0.05, kind=kind) == 1
+    assert certify(losses[2:], 0.05, 0.05, kind=kind) is None

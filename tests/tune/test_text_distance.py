@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eevp_batch.tune.text_distance import (
@@ -30,6 +30,7 @@ def textbook(found: list[int], wanted: list[int]) -> int:
 
 
 @given(outputs, outputs)
+@settings(deadline=None)
 def test_short_outputs(found: list[int], wanted: list[int]) -> None:
     assert edit_distance(found, wanted) == textbook(found, wanted)
 
@@ -71,6 +72,7 @@ def test_first_divergence(
 
 
 @given(outputs, outputs)
+@settings(deadline=None)
 def test_losses_are_shares(found: list[int], wanted: list[int]) -> None:
     assert 0 <= edit_loss(found, wanted) <= diverged_loss(found, wanted) <= 1
 

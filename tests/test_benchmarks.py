@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import forced_trace, gpu, throughput
+from tests.bench import forced_trace, gpu, guarantee, throughput
 from tests.bench.quality import Judge, agreement
 from tests.bench.systems import load_transformers, setting_of, with_batches
 
@@ -109,3 +109,16 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monkey
     found = json.loads((tmp_path / "r").read_text())
     assert [run["system"] for run in found["runs"]] == [*gpu.POLICIES]
     assert all(run["tokens_per_s"][0] > 0 for run in found["runs"])
+
+
+def test_guarantee_keeps_an_outcome_of_every_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"guarantee --repetitions 3 --rows 50 --delta 0.1 --out {tmp_path}/g.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    guarantee.main()
+    found = json.loads((tmp_path / "g.json").read_text())
+    assert found["setup"]["repetitions"] == 3
+    kinds = {(row["world"], row["path"], row["certifier"]) for row in found["outcomes"]}
+    assert len(kinds) == len(guarantee.WORLDS) * len(guarantee.PATHS) * len(guarantee.CERTIFIERS)
+    assert all(0 <= row["violations"] <= 3 for row in found["outcomes"])

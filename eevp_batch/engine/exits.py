@@ -50,8 +50,8 @@ class Head(Protocol):
     def head_weight(self) -> torch.Tensor:
         """[V, E]."""
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm, [B, E] -> [B, E]."""
+    def normed(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
+        """What `scores` takes of the states at an exit, [B, E] -> [B, E]."""
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
@@ -182,7 +182,7 @@ class ExitRule:
         self._proposal = proposal
         weight = head.head_weight
         self._device, self._vocab_size = weight.device, weight.shape[0]
-        self._last = len(exit_layers) - 1
+        self._exit_layers, self._last = exit_layers, len(exit_layers) - 1
         self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
         thresholds = exits.threshold
         self._thresholds = (
@@ -251,7 +251,7 @@ class ExitRule:
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
         seats = torch.tensor(tokens.seats, device=self._device)
-        normed = self._head.normed(states.hidden)
+        normed = self._head.normed(states.hidden, self._exit_layers[depth])
         scores, ids, outside = self._scores(depth, normed, seats)
         kind = self._exits.confidence
         found = summarise(scores, mean_log=kind == "entropy")

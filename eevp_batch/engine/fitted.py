@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +20,11 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
 from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import FittedExitsError
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "fitted.json", "fitted.safetensors"
-Kind = Literal["generated", "prompt"]
 
 
 def unit_state(hidden: torch.Tensor, eps: float) -> torch.Tensor:

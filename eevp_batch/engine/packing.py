@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
-from eevp_batch.engine.sequence import Sequence, Waiting
+from eevp_batch.engine.sequence import Origin, Sequence, Waiting
 
 
 class Span(NamedTuple):
@@ -44,8 +44,9 @@ class PackedTokens:
         slots: [N] pool slot of each row.
         scored: positions whose states are asked for, by sequence; S in all.
         scored_rows: [S] their rows, in the same order.
-        project_positions: [W] positions of the tokens that are only projected.
+        project_positions: [W] positions of the tokens that are only projected, by origin.
         project_slots: [W] their slots.
+        origins: which of the W have which origin; these cover all of them, in order.
         spans: the rows of each sequence; those with a single row come first.
         num_tokens: rows that are real.
     """
@@ -57,6 +58,7 @@ class PackedTokens:
     scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
+    origins: list[tuple[Origin, slice]]
     spans: list[Span]
     num_tokens: int
 
@@ -96,8 +98,7 @@ class _Rows:
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
-        self._project_positions: list[int] = []
-        self._project_slots: list[int] = []
+        self._project: dict[Origin, tuple[list[int], list[int]]] = {}  # positions and slots
         self._spans: list[Span] = []
 
     def add(self, sequence: Sequence, waiting: Waiting) -> range:
@@ -106,9 +107,10 @@ class _Rows:
         self._positions += run
         self._slots += _slots(sequence.pages, run)
         self._token_ids += [sequence.token_ids[position] for position in run]
-        if waiting.project:
-            self._project_positions += waiting.project
-            self._project_slots += _slots(sequence.pages, waiting.project)
+        for origin, positions in waiting.project.items():
+            columns = self._project.setdefault(origin, ([], []))
+            columns[0].extend(positions)
+            columns[1].extend(_slots(sequence.pages, positions))
         stop = len(self._positions)
         pages = sequence.pages[: run[-1] // PAGE_SIZE + 1]
         is_fresh = len(run) == run[-1] + 1
@@ -117,22 +119,36 @@ class _Rows:
 
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
+        project_positions: list[int] = []
+        project_slots: list[int] = []
+        origins = []
+        for origin, (positions, slots) in self._project.items():
+            start = len(project_slots)
+            project_positions += self._filled_up(positions)
+            project_slots += self._filled_up(slots)
+            origins.append((origin, slice(start, len(project_slots))))
         return PackedTokens(
             token_ids=self._padded(self._token_ids) if depth == 0 else None,
             positions=self._padded(self._positions),
             slots=self._padded(self._slots),
             scored=scored,
             scored_rows=torch.tensor([*chain(*scored_rows)], device=self._device),
-            project_positions=self._padded(self._project_positions),
-            project_slots=self._padded(self._project_slots),
+            project_positions=self._tensor(project_positions),
+            project_slots=self._tensor(project_slots),
+            origins=origins,
             spans=self._spans,
             num_tokens=len(self._positions),
         )
 
     def _padded(self, column: list[int]) -> torch.Tensor:
         """[N] int64, padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
-        padding = [0] * (-len(column) % self._row_multiple)
-        return torch.tensor(column + padding, dtype=torch.int64, device=self._device)
+        return self._tensor(self._filled_up(column))
+
+    def _filled_up(self, column: list[int]) -> list[int]:
+        return column + [0] * (-len(column) % self._row_multiple)
+
+    def _tensor(self, column: list[int]) -> torch.Tensor:
+        return torch.tensor(column, dtype=torch.int64, device=self._device)
 
 
 def _slots(pages: list[int], positions: SequenceOf[int]) -> list[int]:

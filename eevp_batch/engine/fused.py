@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from eevp_batch.engine import native
 from eevp_batch.engine.kv_cache import KvPool
@@ -44,7 +44,9 @@ class PackedLinear:
         self._weight = weight if self._packed is None else None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[N, in] -> [N, out]; a row's result is the same for every N of at least 2."""
+        """[N, in] -> [N, out]; a row's result is the same for every N."""
+        if len(rows) < FEWEST_ROWS:
+            return self(pad(rows, (0, 0, 0, FEWEST_ROWS - len(rows))))[: len(rows)]
         if self._packed is None:
             return linear(rows, self._weight, self._bias)  # type: ignore[arg-type]
         out: torch.Tensor = _linear(rows, self._packed, self._bias, "none", [], "")

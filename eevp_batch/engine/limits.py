@@ -14,6 +14,7 @@ from eevp_batch.errors import UsageError
 from eevp_batch.spec import EngineSpec
 
 AUTO_BATCH = {"cpu": 192, "cuda": 256}
+AUTO_BATCH_FLOAT32 = {"cpu": 128, "cuda": 256}
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
@@ -58,16 +59,17 @@ def page_bytes(model: SegmentedModel) -> int:
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
     """Replace every `auto` by a number that fits this model and this machine.
 
-    The batch is 192 sequences on a CPU and 256 on a GPU. Resident are so many, and a full batch for
-    each depth but the first, so that the deep queues fill while the first one runs. Keys
-    and values get what those could use at full context, at most a quarter of the free host memory
-    and 4 GiB, or 85 % of the free device memory.
+    The batch is 192 sequences on a CPU, 128 in float32, and 256 on a GPU. Resident are so many, and
+    a full batch for each depth but the first, so that the deep queues fill while the first one
+    runs. Keys and values get what those could use at full context, at most a quarter of the free
+    host memory and 4 GiB, or 85 % of the free device memory.
 
     Raises:
         UsageError: `engine.kv_memory` holds not even one page.
     """
     kind = model.device.type
-    max_batch = AUTO_BATCH[kind] if engine.max_batch == "auto" else engine.max_batch
+    auto = AUTO_BATCH_FLOAT32 if model.dtype == torch.float32 else AUTO_BATCH
+    max_batch = auto[kind] if engine.max_batch == "auto" else engine.max_batch
     full = full_batch(model, max_batch) if model.num_segments > 1 else max_batch
     max_resident = max_batch + (model.num_segments - 1) * full
     if engine.max_resident != "auto":

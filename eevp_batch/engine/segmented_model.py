@@ -39,6 +39,10 @@ class SegmentOutput(NamedTuple):
     hidden: torch.Tensor
     before: torch.Tensor
 
+    def part(self, rows: slice) -> SegmentOutput:
+        """The states of some of the tokens."""
+        return SegmentOutput(self.hidden[rows], self.before[rows])
+
 
 class SegmentedModel:
     """Runs one segment of a decoder over packed tokens.

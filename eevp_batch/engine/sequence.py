@@ -256,3 +256,14 @@ class ScoredTokens:
             context_drafts=[s.drafts_until(at) for s, at in pairs],
             drafts=[s.draft_after(at) for s, at in pairs],
         )
+
+    def part(self, rows: slice) -> ScoredTokens:
+        """Some of the tokens."""
+        return ScoredTokens(
+            seats=self.seats[rows],
+            seeds=self.seeds[rows],
+            steps=self.steps[rows],
+            may_leave=self.may_leave[rows],
+            context_drafts=self.context_drafts[rows],
+            drafts=self.drafts[rows],
+        )

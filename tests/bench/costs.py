@@ -1,7 +1,8 @@
-"""Multiply-adds that generated rows need, given the layer that each of their tokens left after.
+"""Multiply-adds that generated rows need, given which of their tokens leave at the exit.
 
 An account, not a measurement: every row is replayed with one exit, so that only what somebody
-needed is charged. Attention's reading of keys and values is in no account.
+needed is charged. Attention's reading of keys and values is in no account. Prompt tokens that a row
+shares with others, and finds computed, are not counted among its prompt tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Work:
 
     Attributes:
         layers: decoder layers, of prompt and generated tokens.
-        first_head: finding the kept ids at the exit, for every token.
-        last_head: the head after the last layer, for those that got there.
+        first_head: finding the kept ids at the exit, for every token that came there.
+        last_head: the head after the last layer, for those that it scores.
         projections: keys and values of skipped layers.
     """
 
@@ -49,10 +50,12 @@ class Exit:
 
     Attributes:
         layer: the exit layer.
-        kv: `propagate` or `recompute`.
+        kv: `propagate`, `recompute` or `verify`.
         final_head: ids that the last layer scores, `full` or `pruned`.
         proposal: what finds the kept ids; an 8-bit multiply-add counts as half a one.
         top_k: K.
+        max_waiting: under `verify`, drafts that may wait. Under `recompute` the layers that tokens
+            left after show the cap already.
     """
 
     layer: int
@@ -60,6 +63,7 @@ class Exit:
     final_head: str = "full"
     proposal: str = "full"
     top_k: int = 256
+    max_waiting: int = 8
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,13 @@ class Costs:
             vocab_size=config.vocab_size,
         )
 
-    def full_depth(self, num_prompt: int, num_generated: int) -> Work:
+    def full_depth(self, num_prompt: float, num_generated: int) -> Work:
         """A row without exits; its last token is never fed."""
         fed = num_prompt + num_generated - 1
         return Work(layers=fed * self.num_layers * self.layer, last_head=num_generated * self.head)
 
-    def prompt(self, num_tokens: int) -> Work:
-        """Prompt tokens through all layers."""
-        return Work(layers=num_tokens * self.num_layers * self.layer)
-
-    def with_exit(self, num_prompt: int, exit_layers: Sequence[int], exit: Exit) -> Work:
-        """A row of which some tokens left at the exit.
+    def with_exit(self, num_prompt: float, exit_layers: Sequence[int], exit: Exit) -> Work:
+        """A row of which some tokens left at the exit, under `propagate` or `recompute`.
 
         Layers behind the exit see nothing of a row until a token goes on; what waited then comes
         along, and what still waits at the end is never paid.
@@ -128,6 +128,43 @@ class Costs:
             first_head=len(exit_layers) * self._proposal(exit),
             last_head=went_on * (self.head if exit.final_head == "full" else self._kept(exit)),
             projections=projected * behind * self.projection,
+        )
+
+    def with_drafts(
+        self, num_prompt: float, leaves: Sequence[bool], stands: Sequence[bool], exit: Exit
+    ) -> Work:
+        """A row under `verify`: what left at the exit is a draft until the last layer scores it.
+
+        A token that goes on, or the end of the row, takes all drafts to the last layer. From the
+        first draft that falls on, what was generated is lost and begins anew at the exit.
+
+        Args:
+            num_prompt: prompt tokens.
+            leaves: whether each generated token leaves at the exit, unless the cap holds it.
+            stands: whether each would stand as a draft.
+            exit: where they may leave.
+        """
+        prompt_waits, through = num_prompt - 1, 0.0
+        at_exit = scored = standing = drafts = 0
+        while standing < len(leaves):
+            is_end = standing + drafts == len(leaves)
+            if not is_end:
+                at_exit += 1
+                if leaves[standing + drafts] and drafts < exit.max_waiting:
+                    drafts += 1
+                    continue
+            judged = drafts if is_end else drafts + 1
+            through += prompt_waits + judged
+            scored += judged
+            prompt_waits = 0
+            fallen = [n for n in range(drafts) if not stands[standing + n]]
+            standing += fallen[0] + 1 if fallen else judged  # another takes the fallen one's place
+            drafts = 0
+        behind = self.num_layers - exit.layer
+        return Work(
+            layers=((num_prompt - 1 + at_exit) * exit.layer + through * behind) * self.layer,
+            first_head=at_exit * self._proposal(exit),
+            last_head=scored * self.head,
         )
 
     def _kept(self, exit: Exit) -> float:

@@ -17,7 +17,18 @@ from eevp_batch.engine.sampling import uniform
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.engine.sequence import ScoredTokens, Sequence
 
-POLICIES = ("grouped", "slowest waits", "mean decides")
+NAIVE = ("slowest waits", "mean decides")
+POLICIES = ("grouped", *NAIVE)
+
+
+def trace_leaves(seed: int, step: int, fraction: float) -> bool:
+    """Whether the trace lets generated token `step` of a generation leave at the exit."""
+    return uniform(seed, step, "trace") < fraction
+
+
+def draft_stands(seed: int, step: int, acceptance: float) -> bool:
+    """Whether generated token `step` stands by script where it was a draft."""
+    return uniform(seed, step, "accept") < acceptance
 
 
 class ForcedExits:
@@ -57,7 +68,7 @@ class ForcedExits:
     def would_leave(self, tokens: ScoredTokens) -> list[bool]:
         """What the trace says of each token: a function of its row and number alone."""
         return [
-            uniform(seed, step, "trace") < self.fraction
+            trace_leaves(seed, step, self.fraction)
             for seed, step in zip(tokens.seeds, tokens.steps, strict=True)
         ]
 
@@ -65,7 +76,7 @@ class ForcedExits:
         """Let the rule decide and pay for it, then go by the trace."""
         decision = self._rule.decide(depth, states, tokens)
         if depth == self._last:
-            return decision if self._acceptance is None else self._judged(decision, tokens)
+            return self._judged(decision, tokens)
         wanted = self.would_leave(tokens) if depth == 0 else [False] * len(tokens.seats)
         leaves = wanted
         if self.policy == "slowest waits":
@@ -82,11 +93,13 @@ class ForcedExits:
 
     def _judged(self, decision: Decision, tokens: ScoredTokens) -> Decision:
         """Drafts stand or fall by script; where one falls, another id takes its place."""
+        if self._acceptance is None:
+            return decision
         token_ids = list(decision.token_ids)
         for row, draft in enumerate(tokens.drafts):
             if draft is None:
                 continue
-            if uniform(tokens.seeds[row], tokens.steps[row], "accept") < (self._acceptance or 0.0):
+            if draft_stands(tokens.seeds[row], tokens.steps[row], self._acceptance):
                 token_ids[row] = draft
             elif token_ids[row] == draft:
                 token_ids[row] = (draft + 1) % self._vocab_size

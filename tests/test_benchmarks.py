@@ -254,6 +254,7 @@ def test_the_gpu_script_runs_on_a_cpu(
     assert list(runs) == systems
     assert all(run["tokens_per_s"][0] > 0 for run in found["runs"])
     assert "reason" not in runs[gpu.CONTINUOUS], runs[gpu.CONTINUOUS].get("reason")
+    assert runs[gpu.CONTINUOUS]["one_token_s"] > 0
     assert runs["off"]["mean_exit_layer"] == 4 > runs["propagate"]["mean_exit_layer"]
     assert runs["verify"]["accepted"] == 1, "the script says which drafts stand"
 

@@ -25,7 +25,6 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.kv_cache import PAGE_SIZE
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
@@ -53,6 +52,8 @@ SHAPES: dict[str, dict[str, int]] = {
 CONTINUOUS, STATIC = "transformers-continuous", "transformers-static"
 POLICIES = ("off", "propagate", "recompute", "verify")
 ROWS_PER_BATCH = 2
+LARGEST_PAGE = 256
+"""Tokens of a page of keys/values at most, whatever kernel attention takes."""
 FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 """How a rival's other version, or too little memory, shows."""
 CPU_WARNING = "These are figures of a CPU: they say that the script runs, and nothing of a GPU."
@@ -125,7 +126,7 @@ def make_engine(
     exits = ExitSpec(mode="off")
     if policy != "off":
         exits = ExitSpec(layers=[chosen.exit_layer], kv=policy)  # type: ignore[arg-type]
-    row_tokens = chosen.prompt_tokens + chosen.new_tokens + PAGE_SIZE
+    row_tokens = chosen.prompt_tokens + chosen.new_tokens + LARGEST_PAGE
     token_bytes = kv_bytes(model) + 4 * model.config.hidden_size  # and its hidden state
     memory = (ROWS_PER_BATCH * batch + 1) * row_tokens * token_bytes
     limits = EngineSpec(max_batch=batch, kv_memory=memory)
@@ -156,24 +157,27 @@ def ours(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, policy:
     return figures
 
 
-def settings_of(chosen: argparse.Namespace) -> GenerationConfig:
+def settings_of(num_tokens: int) -> GenerationConfig:
     """Greedy, always to the last of the new tokens."""
     return GenerationConfig(
-        max_new_tokens=chosen.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
 
 
 def continuous(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _: str) -> Figures:
-    """`transformers` continuous batching; its static batches where it fails, and why."""
+    """`transformers` continuous batching; its static batches where it fails, and why.
+
+    Every call of it starts and ends a thread; what that takes shows in a call for one token.
+    """
     model.config._attn_implementation = "sdpa"
     prompts = make_prompts(chosen, batch)
     options: dict[str, Any] = {"progress_bar": False, "persistent_manager": True}
 
-    def run() -> int:
-        found = model.generate_batch(prompts, generation_config=settings_of(chosen), **options)
+    def run(rows: list[list[int]] = prompts, num_tokens: int = chosen.new_tokens) -> int:
+        found = model.generate_batch(rows, generation_config=settings_of(num_tokens), **options)
         tokens = sum(len(result.generated_tokens) for result in found.values())
-        if tokens != len(prompts) * chosen.new_tokens:
-            raise RuntimeError(f"{tokens} tokens of {len(prompts) * chosen.new_tokens}")
+        if tokens != len(rows) * num_tokens:
+            raise RuntimeError(f"{tokens} tokens of {len(rows) * num_tokens}")
         return tokens
 
     try:
@@ -187,7 +191,10 @@ def continuous(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _
         options["continuous_batching_config"] = ContinuousBatchingConfig(
             max_requests_per_batch=batch, **sizes
         )
-        return timed(run, chosen)
+        figures = timed(run, chosen)
+        started = time.perf_counter()
+        run(prompts[:1], 1)
+        return {**figures, "one_token_s": time.perf_counter() - started}
     except FAILURES as error:  # the run goes on, and the table says why
         _log.warning("%s failed: %r", CONTINUOUS, error)
         reason = f"{CONTINUOUS} failed ({type(error).__name__}: {error}); static batches instead"
@@ -211,7 +218,7 @@ def static(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _: st
                 out = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    generation_config=settings_of(chosen),
+                    generation_config=settings_of(chosen.new_tokens),
                 )
             tokens += out[:, ids.shape[1] :].numel()
         return tokens

@@ -23,7 +23,7 @@ WORTHWHILE_TOKENS = 64
 """Tokens that a new prefix has to save at least: a run of its own costs about as much as these."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # arrays do not compare to one truth value
 class Prefix:
     """Tokens whose keys/values are held at every depth.
 

@@ -178,6 +178,15 @@ class FusedLayers:
             self._kernels.eevp_add(hidden.data_ptr(), delta.data_ptr(), hidden.numel())
         return hidden, before
 
+    def kv_of(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What layer `index` (0-based) projects from states [N, E] before it.
+
+        Returns:
+            Keys, then values, [N, 2 * num_kv_heads * D], before any key norm and before rotary.
+        """
+        layer = self._layers[index]
+        return layer.kv(self._norm(hidden.contiguous(), None, layer.input_norm, None))
+
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, [B, E] float32 -> [B, E] in the weights' type."""
         return self._norm(hidden.contiguous(), None, self._final_norm, None)

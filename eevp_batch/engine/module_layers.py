@@ -96,6 +96,16 @@ class ModuleLayers:
         _, key = apply_rotary_pos_emb(key, key, *rotary)
         return key[0].transpose(0, 1), attention.v_proj(normed).view(shape)
 
+    def kv_of(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What layer `index` (0-based) projects from states [N, E] before it.
+
+        Returns:
+            Keys, then values, [N, 2 * num_kv_heads * D], before any key norm and before rotary.
+        """
+        layer = self._layers[index]
+        normed = layer.input_layernorm(hidden)
+        return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
+
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""
         out: torch.Tensor = self._norm(hidden)

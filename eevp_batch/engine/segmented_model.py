@@ -79,6 +79,8 @@ class SegmentedModel:
         self.hidden_size: int = config.hidden_size
         self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
         self.vocab_size: int = self.head_weight.shape[0]
+        self.norm_weight: torch.Tensor = model.model.norm.weight.detach()  # [E]
+        self.norm_eps: float = config.rms_norm_eps
         objection = can_fuse(model)
         self.layers: FusedLayers | ModuleLayers
         if objection is None:

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import ModelError, UsageError
-from eevp_batch.spec import EngineSpec, SamplingSpec
 from eevp_batch.tune.fit import FitSettings, collect, fit_exits, split_rows
 from eevp_batch.tune.heads import HeadSettings
-from eevp_batch.tune.outputs import full_depth_engine, generate_rows
 from eevp_batch.tune.states import Row, forced_passes
 from tests.engine.conftest import load_model
 from tests.tiny_models import NUM_LAYERS
+from tests.tune.rows import make_rows, without_layers
 
 QUICK = HeadSettings(epochs=2, batch=64)
-
-
-def make_rows(path: Path, model: SegmentedModel, count: int = 60) -> list[Row]:
-    """Full-depth generations of random prompts."""
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, 320) for _ in range(rng.randrange(2, 20))] for _ in range(count)]
-    engine = full_depth_engine(
-        load_model(path),
-        model,
-        AutoTokenizer.from_pretrained(path),
-        SamplingSpec(max_new_tokens=20),
-        EngineSpec(max_batch=8),
-    )
-    return generate_rows(engine, prompts)
-
-
-def without_layers(path: Path, after: int) -> SegmentedModel:
-    """A model whose layers behind `after` add nothing."""
-    plain = load_model(path)
-    for layer in plain.model.layers[after:]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return SegmentedModel(plain, [NUM_LAYERS])
 
 
 @pytest.fixture(scope="module")

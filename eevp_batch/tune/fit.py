@@ -13,20 +13,15 @@ from typing import Any
 
 import torch
 
-from eevp_batch.engine.fitted import Affine, Bridge, FittedExits, Kind, unit_state
+from eevp_batch.engine.fitted import Affine, Bridge, FittedExits, Kind
 from eevp_batch.engine.proposals import LowRankProposal, fit_low_rank
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
 from eevp_batch.tune.bridges import fit_bridge
-from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output, teach
-from eevp_batch.tune.regression import (
-    NormalEquations,
-    Ridge,
-    affine,
-    fit_ridge,
-    with_constant,
-)
-from eevp_batch.tune.states import ForcedPass, Row, forced_passes
+from eevp_batch.tune.collect import Collected, collect
+from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output
+from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
+from eevp_batch.tune.states import Row
 
 OnProgress = Callable[[str, int, int], None]
 """Told what is going on, how many parts of it are done, and of how many."""
@@ -57,22 +52,6 @@ class FitSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What one pass over some rows leaves.
-
-    Attributes:
-        bridges: sums by kind of token and exit layer, one target per layer behind the exit.
-        heads: sums by exit layer; the target, named by the last layer, is the change of the unit
-            state up to there.
-        taught: deciding tokens by exit layer, for the heads.
-    """
-
-    bridges: Mapping[tuple[Kind, int], NormalEquations]
-    heads: Mapping[int, NormalEquations]
-    taught: Mapping[int, Taught]
-
-
 def split_rows(
     rows: Sequence[Row], held_out_share: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
@@ -86,87 +65,6 @@ def split_rows(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(len(rows) - 1, max(1, round(held_out_share * len(rows))))
     return [rows[n] for n in order[held_out:]], [rows[n] for n in order[:held_out]]
-
-
-class _Collector:
-    """Adds passes up."""
-
-    def __init__(self, model: SegmentedModel, settings: FitSettings) -> None:
-        self._model, self._exits = model, list(settings.exit_layers)
-        origins: list[tuple[Kind, int]] = [("generated", e) for e in self._exits]
-        if settings.prompt_bridge:
-            origins.append(("prompt", self._exits[0]))
-
-        def empty() -> NormalEquations:
-            return NormalEquations.empty(model.hidden_size, model.device)
-
-        self._bridges = {origin: empty() for origin in origins}
-        self._heads = {e: empty() for e in self._exits}
-        self._units: dict[int, list[torch.Tensor]] = {e: [] for e in self._exits}
-        self._taught: list[tuple[torch.Tensor, ...]] = []
-
-    def add(self, forced: ForcedPass) -> None:
-        """One pass."""
-        last = self._model.num_layers
-        inputs: dict[tuple[Kind, int], torch.Tensor] = {}
-        rows = {"generated": forced.generated, "prompt": forced.prompt}
-        for layer, hidden in forced.layers():
-            if layer in self._exits:
-                units = unit_state(hidden, self._model.norm_eps)
-                self._units[layer].append(units[forced.deciding])
-                for origin in self._bridges:
-                    if origin[1] == layer:
-                        inputs[origin] = with_constant(units[rows[origin[0]]])
-                        self._bridges[origin].add_inputs(inputs[origin])
-            if layer == last:
-                self._teach(hidden[forced.deciding])
-            elif inputs:
-                values = self._model.layers.kv_of(layer, hidden)
-                for origin, columns in inputs.items():
-                    picked = values[rows[origin[0]]]
-                    self._bridges[origin].add_target(layer + 1, columns, picked)
-
-    def _teach(self, hidden: torch.Tensor) -> None:
-        self._taught.append(teach(self._model, hidden))
-        goal = unit_state(hidden, self._model.norm_eps)
-        for e, sums in self._heads.items():
-            units = self._units[e][-1]
-            columns = with_constant(units)
-            sums.add_inputs(columns)
-            sums.add_target(self._model.num_layers, columns, goal - units)
-
-    def collected(self) -> Collected:
-        """All of it."""
-        best, ids, probabilities = (torch.cat(column) for column in zip(*self._taught, strict=True))
-        taught = {
-            e: Taught(torch.cat(units), best, ids, probabilities)
-            for e, units in self._units.items()
-        }
-        return Collected(self._bridges, self._heads, taught)
-
-
-@torch.no_grad()
-def collect(
-    model: SegmentedModel,
-    rows: Sequence[Row],
-    settings: FitSettings,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Collected:
-    """Run rows through all layers and keep what the fits need.
-
-    Args:
-        model: cut anywhere.
-        rows: one or more.
-        settings: what is to be fitted.
-        on_progress: told how many rows are done, and of how many.
-    """
-    collector, done = _Collector(model, settings), 0
-    for forced in forced_passes(model, rows):
-        collector.add(forced)
-        done += len(forced.rows)
-        if on_progress is not None:
-            on_progress(done, len(rows))
-    return collector.collected()
 
 
 def fit_exits(
@@ -191,11 +89,42 @@ def fit_exits(
         UsageError: too few rows, or exit layers that the model does not have.
     """
     model.recut([*settings.exit_layers, model.num_layers])
-    started = time.perf_counter()
     fitting, held_out = split_rows(rows, settings.held_out_share, settings.seed)
     steps = _Steps(on_progress)
-    seen = collect(model, fitting, settings, steps.of("states"))
-    judged = collect(model, held_out, settings, steps.of("held-out states"))
+    started = time.perf_counter()
+    wanted = (settings.exit_layers, settings.prompt_bridge)
+    seen = collect(model, fitting, *wanted, steps.of("states"))
+    judged = collect(model, held_out, *wanted, steps.of("held-out states"))
+    states_s = time.perf_counter() - started
+    counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
+    facts = {**(data or {}), **counts, "states_s": round(states_s, 2)}
+    return fit_collected(model, model_hash, seen, judged, settings, facts, on_progress)
+
+
+def fit_collected(
+    model: SegmentedModel,
+    model_hash: str,
+    seen: Collected,
+    judged: Collected,
+    settings: FitSettings,
+    data: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> FittedExits:
+    """As `fit_exits`, from what passes over the rows have left; they may have been summed.
+
+    Args:
+        model: cut anywhere.
+        model_hash: content hash of its folder.
+        seen: of the rows to fit to.
+        judged: of held-out rows.
+        settings: what, and how.
+        data: where the rows are from; written into the manifest.
+        on_progress: progress.
+
+    Raises:
+        UsageError: too few tokens of a kind.
+    """
+    steps, started = _Steps(on_progress), time.perf_counter()
     bridges, bridge_figures = _fit_bridges(model, seen, judged, settings, steps)
     heads, head_facts = _fit_heads(model, seen, judged, settings, steps)
     first = settings.exit_layers[0]
@@ -207,9 +136,8 @@ def fit_exits(
         "heads": head_facts,
         "bridges": bridge_figures,
         "proposal_recall": recall,
-        "seconds": round(time.perf_counter() - started, 2),
+        "fit_s": round(time.perf_counter() - started, 2),
     }
-    counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
     return FittedExits(
         model_hash=model_hash,
         num_layers=model.num_layers,
@@ -219,11 +147,7 @@ def fit_exits(
         bridges=bridges,
         proposal=proposal,
         tail=settings.tail,
-        facts={
-            "data": {**(data or {}), **counts},
-            "settings": asdict(settings),
-            "figures": figures,
-        },
+        facts={"data": dict(data or {}), "settings": asdict(settings), "figures": figures},
     )
 
 

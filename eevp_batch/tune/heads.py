@@ -47,6 +47,14 @@ class Taught:
     def __len__(self) -> int:
         return len(self.units)
 
+    def __add__(self, other: Taught) -> Taught:
+        return Taught(
+            torch.cat([self.units, other.units]),
+            torch.cat([self.best_ids, other.best_ids]),
+            torch.cat([self.ids, other.ids]),
+            torch.cat([self.probabilities, other.probabilities]),
+        )
+
 
 def identity_head(width: int, device: torch.device) -> Affine:
     """The head that is the logit lens."""

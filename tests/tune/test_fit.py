@@ -10,7 +10,8 @@ import torch
 from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import ModelError, UsageError
-from eevp_batch.tune.fit import FitSettings, collect, fit_exits, split_rows
+from eevp_batch.tune.collect import collect
+from eevp_batch.tune.fit import FitSettings, fit_collected, fit_exits, split_rows
 from eevp_batch.tune.heads import HeadSettings
 from eevp_batch.tune.states import Row, forced_passes
 from tests.engine.conftest import load_model
@@ -31,8 +32,7 @@ def rows(tiny_llama: Path, model: SegmentedModel) -> list[Row]:
 
 
 def test_the_last_layer_says_what_was_generated(model: SegmentedModel, rows: list[Row]) -> None:
-    settings = FitSettings([2], prompt_bridge=False)
-    best = collect(model, rows, settings).taught[2].best_ids
+    best = collect(model, rows, [2], prompt_bridge=False).taught[2].best_ids
     said = [forced.next_ids for forced in forced_passes(model, rows)]
     assert torch.equal(best, torch.cat(said))
 
@@ -53,7 +53,8 @@ def test_a_fit_is_whole_and_survives_its_folder(
         assert list(bridge.layers) == list(range(e + 1, NUM_LAYERS + 1))
         assert (bridge.down is None) == (rank is None)
     assert found.proposal is not None and found.proposal.right.shape == (16, 32)
-    assert found.facts["data"] == {"source": "random", "rows": 48, "held_out_rows": 12}
+    data = found.facts["data"]
+    assert (data["source"], data["rows"], data["held_out_rows"]) == ("random", 48, 12)
     assert {stage for stage, is_done in stages if is_done} >= {"states", "held-out states"}
     figures = found.facts["figures"]
     assert figures["heads"]["2"]["curve"][0]["epoch"] == 0
@@ -83,8 +84,12 @@ def test_layers_that_add_nothing_are_found_out(tiny_llama: Path) -> None:
 
 
 def test_kinds_of_tokens_are_fitted_apart(model: SegmentedModel, rows: list[Row]) -> None:
-    seen = collect(model, rows, FitSettings([2, 4]))
-    num_prompt = sum(len(row.prompt_ids) for row in rows)
+    seen = collect(model, rows, [2, 4])
+    beginnings = {
+        tuple(row.prompt_ids[: n + 1]) for row in rows for n in range(len(row.prompt_ids))
+    }
+    num_prompt = len(beginnings)
+    assert num_prompt < sum(len(row.prompt_ids) for row in rows), "some first tokens are shared"
     num_generated = sum(len(row.generated_ids) - 1 for row in rows)
     assert seen.bridges["prompt", 2].count == num_prompt
     assert seen.bridges["generated", 2].count == num_generated
@@ -93,14 +98,18 @@ def test_kinds_of_tokens_are_fitted_apart(model: SegmentedModel, rows: list[Row]
 
 
 def test_two_replicas_sum_to_what_one_would_have(model: SegmentedModel, rows: list[Row]) -> None:
-    settings = FitSettings([2])
-    whole = collect(model, rows, settings).bridges["generated", 2]
-    parts = [
-        collect(model, part, settings).bridges["generated", 2] for part in (rows[:9], rows[9:])
-    ]
-    both = parts[0] + parts[1]
-    torch.testing.assert_close(both.xx, whole.xx)
-    torch.testing.assert_close(both.xy[5], whole.xy[5])
+    whole = collect(model, rows, [2])
+    both = collect(model, rows[:9], [2]) + collect(model, rows[9:], [2])
+    for sums, expected in (
+        (both.bridges["generated", 2], whole.bridges["generated", 2]),
+        (both.heads[2], whole.heads[2]),
+    ):
+        torch.testing.assert_close(sums.xx, expected.xx)
+        torch.testing.assert_close(sums.xy[6], expected.xy[6])
+    assert sorted(both.taught[2].best_ids) == sorted(whole.taught[2].best_ids)
+    assert len(both.taught[2].units) == len(whole.taught[2])
+    settings = FitSettings([2], heads=QUICK)
+    fit_collected(model, "abc", both, whole, settings)
 
 
 def test_rows_are_held_out_by_seed(rows: list[Row]) -> None:

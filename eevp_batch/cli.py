@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -202,6 +203,38 @@ def report(out: str, as_json: bool) -> None:
         _echo_json(summarise(Store.open(out)).to_json())
     else:
         _echo_summary(out)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("prompts", metavar="PROMPTS")
+@click.option("--column", default="prompt", show_default=True, help="Column of the prompts.")
+@click.option("--rows", default=128, show_default=True, type=click.IntRange(min=4))
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float32", "float16"]))
+@click.option(
+    "--target",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0.5, 1.0),
+    help="Share of all tokens that has to stay as at full depth.",
+)
+@click.option("--heads", metavar="DIR", help="Folder of fitted exits; they are looked at too.")
+@click.option("--quick-heads", is_flag=True, help="Fits closed-form heads to half of the rows.")
+@click.option("--plot", metavar="FILE", help="Writes the curves as SVG.")
+@_json_option
+def potential(prompts: str, plot: str | None, as_json: bool, **options: Any) -> None:
+    """Say whether exits could pay for a model on some prompts (Parquet), and why."""
+    from eevp_batch.report.potential import potential_chart, render_potential
+    from eevp_batch.tune.command import run_potential
+
+    found = run_potential(prompts, **options, say=lambda line: click.echo(line, err=True))
+    if plot is not None:
+        Path(plot).write_text(potential_chart(found), encoding="utf-8")
+    if as_json:
+        _echo_json(found)
+    else:
+        click.echo(render_potential(found, _width()))
 
 
 def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:

@@ -50,7 +50,7 @@ class Head(Protocol):
     def head_weight(self) -> torch.Tensor:
         """[V, E]."""
 
-    def normed(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
+    def normed_at(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What `scores` takes of the states at an exit, [B, E] -> [B, E]."""
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ class ExitRule:
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
         seats = torch.tensor(tokens.seats, device=self._device)
-        normed = self._head.normed(states.hidden, self._exit_layers[depth])
+        normed = self._head.normed_at(self._exit_layers[depth], states.hidden)
         scores, ids, outside = self._scores(depth, normed, seats)
         kind = self._exits.confidence
         found = summarise(scores, mean_log=kind == "entropy")

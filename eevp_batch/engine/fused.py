@@ -146,7 +146,7 @@ class FusedLayers:
             [N, 2 * num_kv_heads * D], before key norm and rotary.
         """
         layer = self._layers[index]
-        return layer.kv(self._norm(hidden, None, layer.input_norm, "waiting"))
+        return layer.kv(self._norm(hidden.contiguous(), None, layer.input_norm, "waiting"))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, [B, E] float32 -> [B, E] in the weights' type."""

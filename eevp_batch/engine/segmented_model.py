@@ -84,6 +84,8 @@ class SegmentedModel:
         self.hidden_size: int = config.hidden_size
         self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
         self.vocab_size: int = self.head_weight.shape[0]
+        self.norm_weight: torch.Tensor = model.model.norm.weight.detach()  # [E]
+        self.norm_eps: float = config.rms_norm_eps
         objection = can_fuse(model)
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
@@ -191,7 +193,11 @@ class SegmentedModel:
         if fitted.bridges:
             self.layers.bridges = Bridges(fitted, self.dtype, self.device, self._eps)
 
-    def normed(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, [B, E] -> [B, E] in the model's type."""
+        return self.layers.normed(hidden)
+
+    def normed_at(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head reads at an exit, [B, E] -> [B, E]: the final norm of the state.
 
         Where a head is fitted, of u + A u + b, with u the unit state (tuned lens, arXiv

@@ -24,6 +24,9 @@ SCORED_ROWS = 64
 TAUGHT_IDS = 64
 """Ids of a token whose probabilities the heads are taught one by one; the others share a bucket."""
 
+WHITENING_FLOOR = 0.1
+"""Share of the mean variance that every direction gets before it is whitened."""
+
 OnStep = Callable[[int, int], None]
 """Told how many steps are done, and of how many."""
 
@@ -146,7 +149,7 @@ class HeadSettings:
 
     epochs: int = 8
     batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     patience: int = 2
     seed: int = 0
 
@@ -206,6 +209,7 @@ def fit_head(
             waited += 1
             if waited >= settings.patience:
                 break
+    trainer.finish()
     return HeadFit(head, name, curve, best)
 
 
@@ -213,7 +217,9 @@ class _Trainer:
     """One head in training.
 
     The gradient of the scores is written down, so that [B, V] is made once and never kept; only the
-    map and the norm go through autograd.
+    map and the norm go through autograd. What is trained is a change of the head that reads
+    whitened inputs, x = (u - mean) S^{-1/2}: a few directions of a state have nearly all of its
+    variance, and Adam would hardly move the map along the others.
     """
 
     def __init__(
@@ -226,8 +232,10 @@ class _Trainer:
     ) -> None:
         self._model, self._tokens, self._settings = model, tokens, settings
         self._on_step = on_step
-        self._weight = head.weight.detach().clone().float().requires_grad_()
-        self._bias = head.bias.detach().clone().float().requires_grad_()
+        self._start = head
+        self._mean, self._whiten = whitening(tokens.units)
+        self._weight = torch.zeros_like(head.weight, dtype=torch.float32).requires_grad_()
+        self._bias = torch.zeros_like(head.bias, dtype=torch.float32).requires_grad_()
         self._optimizer = torch.optim.Adam([self._weight, self._bias], betas=(0.9, 0.99))
         self._norm = model.norm_weight.float()
         self._per_epoch = -(-len(tokens) // settings.batch)
@@ -237,7 +245,14 @@ class _Trainer:
 
     def head(self) -> Affine:
         """The head as it is now."""
-        return Affine(self._weight.detach().clone(), self._bias.detach().clone())
+        weight = self._weight.detach() @ self._whiten
+        bias = self._bias.detach() - weight @ self._mean
+        return Affine(self._start.weight + weight, self._start.bias + bias)
+
+    def finish(self) -> None:
+        """Say that no step will follow."""
+        if self._on_step is not None:
+            self._on_step(self._total, self._total)
 
     def epoch(self) -> float:
         """One pass over the tokens; returns the mean loss in nats."""
@@ -262,7 +277,9 @@ class _Trainer:
 
     def _step(self, rows: torch.Tensor) -> float:
         units = self._tokens.units[rows]
-        state = units + torch.nn.functional.linear(units, self._weight, self._bias)
+        inputs = (units - self._mean) @ self._whiten
+        change = torch.nn.functional.linear(inputs, self._weight, self._bias)
+        state = units + self._start(units) + change
         scale = torch.rsqrt(state.square().mean(-1, keepdim=True) + self._model.norm_eps)
         normed = state * scale * self._norm
         loss, gradient = kl_and_gradient(
@@ -275,6 +292,16 @@ class _Trainer:
         normed.backward(gradient / len(rows))  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss
+
+
+def whitening(units: torch.Tensor, floor: float = WHITENING_FLOOR) -> tuple[torch.Tensor, ...]:
+    """The mean [E] of unit states [S, E], and S^{-1/2} [E, E] of their covariance, symmetric."""
+    rows = units.double()
+    mean = rows.mean(0)
+    covariance = (rows - mean).T @ (rows - mean) / len(rows)
+    variances, axes = torch.linalg.eigh(covariance)
+    spread = variances.clamp(min=0.0) + floor * variances.mean().clamp(min=1e-30)
+    return mean.float(), ((axes / spread.sqrt()) @ axes.T).float()
 
 
 @torch.no_grad()

@@ -30,10 +30,13 @@ def make_rows(path: Path, model: SegmentedModel, count: int = 60) -> list[Row]:
     return generate_rows(engine, prompts)
 
 
-def without_layers(path: Path, after: int) -> SegmentedModel:
-    """A model whose layers behind `after` add nothing."""
+def without_layers(path: Path, after: int, save: Path | None = None) -> SegmentedModel:
+    """A model whose layers behind `after` add nothing; `save` takes its folder."""
     plain = load_model(path)
     for layer in plain.model.layers[after:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    if save is not None:
+        plain.save_pretrained(save)
+        AutoTokenizer.from_pretrained(path).save_pretrained(save)
     return SegmentedModel(plain, [NUM_LAYERS])

@@ -21,6 +21,7 @@ from eevp_batch.errors import UsageError
 from eevp_batch.tune.bridges import fit_bridge
 from eevp_batch.tune.collect import Collected, collect
 from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output
+from eevp_batch.tune.job_rows import prompt_key
 from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
 from eevp_batch.tune.states import Row
 
@@ -98,7 +99,8 @@ def fit_exits(
     judged = collect(model, held_out, *wanted, steps.of("held-out states"))
     states_s = time.perf_counter() - started
     counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
-    facts = {**(data or {}), **counts, "states_s": round(states_s, 2)}
+    keys = " ".join(sorted({prompt_key(row.prompt_ids) for row in rows}))
+    facts = {**(data or {}), **counts, "states_s": round(states_s, 2), "prompt_keys": keys}
     return fit_collected(model, model_hash, seen, judged, settings, facts, on_progress)
 
 

@@ -19,7 +19,8 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
 from eevp_batch.tune.bridges import fit_bridge
 from eevp_batch.tune.collect import Collected, collect
-from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output
+from eevp_batch.tune.head_training import HeadSettings, fit_head, head_figures
+from eevp_batch.tune.heads import Taught, head_output
 from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
 from eevp_batch.tune.states import Row
 

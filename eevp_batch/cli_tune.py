@@ -30,6 +30,7 @@ def _source_command(command: _Command) -> _Command:
         click.option(
             "--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1)
         ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Ends a generation."),
         click.option("--dtype", default="bfloat16", type=click.Choice(list(DTYPES))),
         click.option(
             "--target",
@@ -44,7 +45,7 @@ def _source_command(command: _Command) -> _Command:
     return command
 
 
-_SOURCE = ("model", "prompts", "column", "rows", "max_new_tokens", "dtype")
+_SOURCE = ("model", "prompts", "column", "rows", "max_new_tokens", "stop", "dtype")
 
 
 def _split_source(options: dict[str, Any]) -> tuple[Source, dict[str, Any]]:

@@ -24,7 +24,8 @@ from eevp_batch.spec_file import dump_spec, load_spec_text
 from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.commit import Committer, write_attempt
 from eevp_batch.storage.plan import open_plan
-from eevp_batch.tune.job_rows import drawn_prompts, output_rows, prompt_key
+from eevp_batch.tune.job_rows import drawn_prompts, output_rows
+from eevp_batch.tune.states import prompt_key
 from tests.tiny_models import NUM_LAYERS
 from tests.tune.rows import without_layers
 

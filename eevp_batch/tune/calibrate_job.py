@@ -14,7 +14,8 @@ from eevp_batch.errors import CalibrationError
 from eevp_batch.fitted_config import job_binding, read_manifest, refuse_sampling
 from eevp_batch.model_config import ModelConfig, prompt_room
 from eevp_batch.spec import ExitSpec, JobSpec, PValueKind
-from eevp_batch.tune.calibrate import GRID, CalibrationResult, Risk, calibrate
+from eevp_batch.tune.calibrate import GRID, Risk, calibrate
+from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.costs import measured_costs
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm
 from eevp_batch.tune.job_rows import drawn_prompts, output_rows

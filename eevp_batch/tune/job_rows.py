@@ -5,7 +5,6 @@ At random and not in blocks: a certificate takes the rows to be drawn as the job
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,17 +22,12 @@ from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids
 from eevp_batch.storage.inputs import InputParquet, list_inputs
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
 from eevp_batch.storage.store import Store
-from eevp_batch.tune.states import Row
+from eevp_batch.tune.states import Row, prompt_key
 
 _BATCH_ROWS = 1 << 10
 # What has to be equal for a full-depth output to be what the job itself would give without exits.
 _SAME = ("model.", "prompt.", "sampling.", "input.messages_column", "input.prompt_column")
 _FREE = ("sampling.n", "sampling.seed")
-
-
-def prompt_key(token_ids: Sequence[int]) -> str:
-    """12 hex digits that tell prompts apart."""
-    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:12]
 
 
 def drawn_prompts(

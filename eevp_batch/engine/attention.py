@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from eevp_batch.engine.invariance import fewest_rows
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import PackedTokens, Span
 
 ATTENTION_NAME = "eevp_paged"
@@ -154,9 +154,9 @@ def _attend_singles(
     tokens, 3 key heads of 64), and their result for a row does not depend on the other rows.
     """
     batch, num_heads, head_size = query.shape
-    pages, num_keys = layout.single_pages, layout.single_pages.shape[1] * PAGE_SIZE
+    pages, num_keys = layout.single_pages, layout.single_pages.shape[1] * layout.pool.page_size
     mask = layout.mask(0, batch, num_keys, window)  # [B, T]
-    missing = max(0, fewest_rows(num_heads * head_size * PAGE_SIZE) - batch)
+    missing = max(0, fewest_rows(num_heads * head_size * layout.pool.page_size) - batch)
     if missing:  # rows of zeros that look at the scratch page
         query, pages = pad(query, (0, 0) * 2 + (0, missing)), pad(pages, (0, 0, 0, missing))
         mask = pad(mask, (0, 0, 0, missing))

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 
 from eevp_batch.engine import native
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
 from eevp_batch.engine.packing import PackedTokens
 
 PACK_ROWS = 64
@@ -127,7 +127,8 @@ class FusedLayers:
     """
 
     hidden_dtype = torch.float32
-    by_lane = True
+    kv_layout: KvLayout = "lane"
+    page_size = PAGE_SIZE
     row_multiple = FEWEST_ROWS
 
     def __init__(self, model: Any) -> None:

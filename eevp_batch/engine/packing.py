@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.sequence import Sequence, Waiting
+from eevp_batch.engine.upload import columns_to_device
 
 
 class Span(NamedTuple):
@@ -25,6 +26,7 @@ class Span(NamedTuple):
         seat: the sequence's row of the page table.
         pages: pages that hold its positions up to the last of these rows.
         is_fresh: the rows are all positions from 0 on, so that no key need be read back.
+        positions: of these rows, ascending.
     """
 
     start: int
@@ -32,6 +34,7 @@ class Span(NamedTuple):
     seat: int
     pages: list[int]
     is_fresh: bool
+    positions: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def pack(
     """
     entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
     order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
-    rows = _Rows(pool.page_table.device, row_multiple)
+    rows = _Rows(pool, row_multiple)
     scored_rows = [range(0)] * len(entering)
     for index in order:
         scored_rows[index] = rows.add(*entering[index])
@@ -91,8 +94,9 @@ def pack(
 class _Rows:
     """The columns of a pack while it grows."""
 
-    def __init__(self, device: torch.device, row_multiple: int) -> None:
-        self._device, self._row_multiple = device, row_multiple
+    def __init__(self, pool: KvPool, row_multiple: int) -> None:
+        self._device, self._row_multiple = pool.device, row_multiple
+        self._page_size = pool.page_size
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
@@ -104,37 +108,48 @@ class _Rows:
         """Append what one sequence brings; returns the rows of its scored positions."""
         start, run = len(self._positions), waiting.run
         self._positions += run
-        self._slots += _slots(sequence.pages, run)
+        self._slots += _slots(sequence.pages, run, self._page_size)
         self._token_ids += [sequence.token_ids[position] for position in run]
         if waiting.project:
             self._project_positions += waiting.project
-            self._project_slots += _slots(sequence.pages, waiting.project)
+            self._project_slots += _slots(
+                sequence.pages, waiting.project, self._page_size
+            )
         stop = len(self._positions)
-        pages = sequence.pages[: run[-1] // PAGE_SIZE + 1]
+        pages = sequence.pages[: run[-1] // self._page_size + 1]
         is_fresh = len(run) == run[-1] + 1
-        self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh))
+        self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh, run))
         return range(stop - len(waiting.scored), stop)
 
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
+        columns = [
+            self._padded(self._token_ids if depth == 0 else []),
+            self._padded(self._positions),
+            self._padded(self._slots),
+            [*chain(*scored_rows)],
+            self._padded(self._project_positions),
+            self._padded(self._project_slots),
+        ]
+        sent = columns_to_device(columns, self._device)
+        token_ids, positions, slots, rows, project_positions, project_slots = sent
         return PackedTokens(
-            token_ids=self._padded(self._token_ids) if depth == 0 else None,
-            positions=self._padded(self._positions),
-            slots=self._padded(self._slots),
+            token_ids=token_ids if depth == 0 else None,
+            positions=positions,
+            slots=slots,
             scored=scored,
-            scored_rows=torch.tensor([*chain(*scored_rows)], device=self._device),
-            project_positions=self._padded(self._project_positions),
-            project_slots=self._padded(self._project_slots),
+            scored_rows=rows,
+            project_positions=project_positions,
+            project_slots=project_slots,
             spans=self._spans,
             num_tokens=len(self._positions),
         )
 
-    def _padded(self, column: list[int]) -> torch.Tensor:
-        """[N] int64, padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
-        padding = [0] * (-len(column) % self._row_multiple)
-        return torch.tensor(column + padding, dtype=torch.int64, device=self._device)
+    def _padded(self, column: list[int]) -> list[int]:
+        """Padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
+        return column + [0] * (-len(column) % self._row_multiple)
 
 
-def _slots(pages: list[int], positions: SequenceOf[int]) -> list[int]:
+def _slots(pages: list[int], positions: SequenceOf[int], size: int) -> list[int]:
     """Pool slots of a sequence's positions."""
-    return [pages[t // PAGE_SIZE] * PAGE_SIZE + t % PAGE_SIZE for t in positions]
+    return [pages[t // size] * size + t % size for t in positions]

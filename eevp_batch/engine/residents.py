@@ -12,7 +12,6 @@ from collections import deque
 from typing import Protocol
 
 from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.kv_cache import PAGE_SIZE
 from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
@@ -149,7 +148,7 @@ class Residents:
         if self._stats.finished < EXPECT_AFTER:
             return self._max_new_tokens
         mean = self._stats.tokens / self._stats.finished
-        return min(self._max_new_tokens, math.ceil(EXPECT_MARGIN * mean) + PAGE_SIZE)
+        return min(self._max_new_tokens, math.ceil(EXPECT_MARGIN * mean) + self.pool.page_size)
 
     def _make_prefix(self, sequence: Sequence, length: int) -> None:
         """Compute the first `length` tokens of a prompt at every depth and keep them."""

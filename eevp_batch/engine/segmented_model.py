@@ -135,7 +135,8 @@ class SegmentedModel:
             dtype=self.dtype,
             device=self.device,
             hidden_dtype=self.layers.hidden_dtype,
-            by_lane=self.layers.by_lane,
+            layout=self.layers.kv_layout,
+            page_size=self.layers.page_size,
         )
 
     def segment_layers(self, depth: int) -> range:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
@@ -110,6 +111,7 @@ def build_engine(
     exit: ExitSpec,
     sampling: SamplingSpec,
     engine: EngineSpec,
+    kernel: Kernel | None = None,
 ) -> Engine:
     """An engine around a loaded model.
 
@@ -119,6 +121,7 @@ def build_engine(
         exit: exits; layers are resolved against the model.
         sampling: sampling.
         engine: batch and memory.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
@@ -128,7 +131,7 @@ def build_engine(
     exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
     prune_layer = resolve_prune_layer(exit, exit_layers)
     proposal = make_proposal(weights, exit.vocab, prune_layer)  # before the model is cut
-    model = SegmentedModel(weights, exit_layers)
+    model = SegmentedModel(weights, exit_layers, kernel)
     return Engine(
         model=model,
         tokenizer=tokenizer,

@@ -37,6 +37,22 @@ class Span(NamedTuple):
     positions: list[int]
 
 
+class Lookup(NamedTuple):
+    """Where the rows of a pack look, for kernels that read pages in place; R runs of rows.
+
+    Attributes:
+        starts: [R + 1] int32, first row of each run, and N.
+        lengths: [R] int32, keys that the last row of each run sees: its position + 1.
+        tables: [R, P] int32, the pages of each run's sequence.
+        longest: rows of the longest run.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    tables: torch.Tensor
+    longest: int
+
+
 @dataclass(frozen=True, slots=True)
 class PackedTokens:
     """Rows of one segment run; N and W are padded with rows that write to the scratch page.
@@ -51,6 +67,7 @@ class PackedTokens:
         project_slots: [W] their slots.
         spans: the rows of each sequence; those with a single row come first.
         num_tokens: rows that are real.
+        lookup: what a paged kernel made of the spans, where somebody has asked for it already.
     """
 
     token_ids: torch.Tensor | None
@@ -62,6 +79,7 @@ class PackedTokens:
     project_slots: torch.Tensor
     spans: list[Span]
     num_tokens: int
+    lookup: Lookup | None = None
 
     @property
     def num_rows(self) -> int:
@@ -112,9 +130,7 @@ class _Rows:
         self._token_ids += [sequence.token_ids[position] for position in run]
         if waiting.project:
             self._project_positions += waiting.project
-            self._project_slots += _slots(
-                sequence.pages, waiting.project, self._page_size
-            )
+            self._project_slots += _slots(sequence.pages, waiting.project, self._page_size)
         stop = len(self._positions)
         pages = sequence.pages[: run[-1] // self._page_size + 1]
         is_fresh = len(run) == run[-1] + 1

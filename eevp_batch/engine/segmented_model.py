@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.fused import FusedLayers, can_fuse
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.module_layers import ModuleLayers
@@ -52,12 +53,15 @@ class SegmentedModel:
         model: a `...ForCausalLM` of a supported family, in evaluation mode. Where its own modules
             run, their attention is set to this package's.
         exit_layers: e_1 < ... < e_D = L.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         ModelError: unsupported family or rotary embedding, or exit layers that do not fit.
     """
 
-    def __init__(self, model: PreTrainedModel, exit_layers: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, exit_layers: Sequence[int], kernel: Kernel | None = None
+    ) -> None:
         config = model.config
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise ModelError(
@@ -79,13 +83,13 @@ class SegmentedModel:
         self.hidden_size: int = config.hidden_size
         self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
         self.vocab_size: int = self.head_weight.shape[0]
-        objection = can_fuse(model)
+        objection = can_fuse(model) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
             self.layers = FusedLayers(model)
         else:
             _log.info("layers run as transformers wrote them: %s", objection)
-            self.layers = ModuleLayers(model)
+            self.layers = ModuleLayers(model, kernel)
 
     def _checked(self, exit_layers: Sequence[int]) -> tuple[int, ...]:
         if (
@@ -121,6 +125,11 @@ class SegmentedModel:
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
+
+    @property
+    def can_record(self) -> bool:
+        """Whether runs of decode-only packs can be recorded; see `attention.Kernel`."""
+        return isinstance(self.layers, ModuleLayers) and self.layers.kernel.can_record
 
     def make_pool(self, num_pages: int, max_resident: int, max_pages: int) -> KvPool:
         """An empty pool for this model's keys, values and states; see `KvPool`."""

@@ -14,19 +14,21 @@ from itertools import chain
 import torch
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; itself where that is the host."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def to_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of these numbers, or of these rows of numbers, on the device."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    pinned = torch.tensor(numbers, dtype=dtype, pin_memory=True)
-    return pinned.to(device, non_blocking=True)
+    return moved(torch.tensor(numbers, dtype=dtype), device)
 
 
-def columns_to_device(
-    columns: Sequence[Sequence[int]], device: torch.device
-) -> list[torch.Tensor]:
+def columns_to_device(columns: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
     """Each column as an int64 tensor; on a GPU all of them in one copy, as parts of one tensor."""
     if device.type != "cuda":
-        return [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
+        return [to_device(column, torch.int64, device) for column in columns]
     together = to_device([*chain(*columns)], torch.int64, device)
-    return list(together.split([len(column) for column in columns]))
+    return list(torch.split(together, [len(column) for column in columns]))

@@ -112,7 +112,7 @@ def test_a_paged_kernel_gives_what_gathering_gives(
         assert found[key].exit_confidences == near
 
 
-def pack_with_a_gap(kernel: Kernel) -> tuple[PackedTokens, KvPool]:
+def pack_with_a_gap(kernel: Kernel, on: AttentionShape = SHAPE) -> tuple[PackedTokens, KvPool]:
     """A pack for the second segment: a prompt with a front token far behind it, and two others.
 
     The first sequence has left after the first segment four times, so that its prompt and the
@@ -121,14 +121,14 @@ def pack_with_a_gap(kernel: Kernel) -> tuple[PackedTokens, KvPool]:
     pool = KvPool(
         num_pages=40,
         num_layers=1,
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE,
+        num_kv_heads=on.num_kv_heads,
+        head_size=on.head_size,
         hidden_size=1,
         max_resident=3,
         max_pages=20,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        hidden_dtype=torch.float32,
+        dtype=on.dtype,
+        device=on.device,
+        hidden_dtype=on.dtype,
         layout=kernel.kv_layout,
         page_size=kernel.page_size,
     )
@@ -141,8 +141,9 @@ def pack_with_a_gap(kernel: Kernel) -> tuple[PackedTokens, KvPool]:
     for sequence in sequences:
         pool.grow(sequence)
         slots = torch.tensor([pool.slot(sequence, at) for at in range(sequence.front + 1)])
-        shape = (len(slots), KV_HEADS, HEAD_SIZE)
-        pool.write(0, slots, *(torch.randn(shape, generator=generator) for _ in range(2)))
+        shape = (len(slots), on.num_kv_heads, on.head_size)
+        parts = [torch.randn(shape, generator=generator).to(on.dtype) for _ in range(2)]
+        pool.write(0, slots.to(on.device), *(part.to(on.device) for part in parts))
     return pack(sequences, 1, pool, 16), pool
 
 

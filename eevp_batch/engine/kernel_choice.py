@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eevp_batch.engine.attention import Gather, Kernel, paged_attention
+from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.paged_kernels import VARLEN_PAGE, AttentionShape, Flex, Varlen
@@ -67,14 +68,14 @@ def objection_to(kernel: Kernel, shape: AttentionShape) -> str | None:
 
 @torch.inference_mode()
 def attend_a_little(kernel: Kernel, shape: AttentionShape) -> list[torch.Tensor]:
-    """Two prompts, then a token of each, through the attention of one layer.
+    """Two prompts, then a token of each, and another beside rows that pad, through one layer.
 
     Returns:
-        What came out of each of the two packs, [1, N, H, D].
+        What came out of each pack for its real rows, [N, H, D].
     """
     lengths: Sequence[int] = (VARLEN_PAGE + 9, 3)
     sequences = [
-        Generated(Prompt(row, [0] * length), 1, 2, 0) for row, length in enumerate(lengths)
+        Generated(Prompt(row, [0] * length), 1, 3, 0) for row, length in enumerate(lengths)
     ]
     pool = KvPool(
         num_pages=sum(length // kernel.page_size + 1 for length in lengths),
@@ -94,10 +95,10 @@ def attend_a_little(kernel: Kernel, shape: AttentionShape) -> list[torch.Tensor]
         pool.admit(sequence, sequence.max_positions, [])
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(2):
+    for row_multiple in (1, 1, ROW_MULTIPLE):
         for sequence in sequences:
             pool.grow(sequence)
-        tokens = pack(sequences, 0, pool, 1)
+        tokens = pack(sequences, 0, pool, row_multiple)
         query, key, value = (
             torch.randn(1, heads, tokens.num_rows, shape.head_size, generator=generator)
             .to(shape.dtype)
@@ -107,9 +108,8 @@ def attend_a_little(kernel: Kernel, shape: AttentionShape) -> list[torch.Tensor]
         layer: Any = SimpleNamespace(layer_idx=0)
         scaling = shape.head_size**-0.5
         layout = kernel.layout(tokens, pool)
-        found.append(
-            paged_attention(layer, query, key, value, None, layout=layout, scaling=scaling)[0]
-        )
+        out, _ = paged_attention(layer, query, key, value, None, layout=layout, scaling=scaling)
+        found.append(out[0, : tokens.num_tokens])
         for sequence in sequences:
             sequence.leave(0, [TokenExit(0, 1, 1.0)])
     return found

@@ -303,5 +303,7 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     `torch.zeros` would touch all of it.
     """
     if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
+        # Never an inference tensor, wherever it is made: compiled kernels tell the two apart.
+        with torch.inference_mode(False):
+            return torch.zeros(size, dtype=dtype, device=device)
     return torch.from_numpy(numpy.zeros(size * dtype.itemsize, dtype=numpy.uint8)).view(dtype)

@@ -63,9 +63,11 @@ def look_up(tokens: PackedTokens, pool: KvPool, most_rows: int | None = None) ->
     num_padding = tokens.num_rows - tokens.num_tokens
     starts += range(tokens.num_tokens + 1, tokens.num_rows + 1)
     lengths += [1] * num_padding
-    width = max((len(span.pages) for span in tokens.spans), default=1)
+    # Two columns at least: a compiled kernel for one would be another one.
+    width = max([2, *(len(span.pages) for span in tokens.spans)])
     tables = torch.full((len(lengths), width), SCRATCH_PAGE, dtype=torch.int32)
-    tables[: len(seats)] = pool.page_table[torch.tensor(seats, dtype=torch.int64), :width]
+    pages = pool.page_table[torch.tensor(seats, dtype=torch.int64), :width]
+    tables[: len(seats), : pages.shape[1]] = pages  # a small pool's table may be narrower
     columns = torch.tensor(starts + lengths, dtype=torch.int32)
     sent = moved(torch.cat([columns, tables.flatten()]), pool.device)
     parts = torch.split(sent, [len(starts), len(lengths), tables.numel()])
@@ -199,32 +201,42 @@ class Flex:
     def layout(self, tokens: PackedTokens, pool: KvPool) -> FlexLayout:
         """See `Kernel`."""
         lookup = tokens.lookup or look_up(tokens, pool, self._most_rows)
-        return FlexLayout(self._run, tokens, pool, lookup)
+        return FlexLayout(self._run, tokens, pool, lookup, self._most_rows)
 
 
 class FlexLayout:
     """What FlexAttention needs; R runs of Q rows, short ones filled up with their first row.
 
+    Q is 1 where all runs are single rows, else `most_rows`: it is compiled in, R is not. (A number
+    of queries that is not compiled in makes torch 2.13 write wrong code for a CPU.)
+
     Args:
         run: `flex_attention`, compiled or not.
         tokens: the pack.
         pool: keys and values by `token`.
-        lookup: runs of at most `FLEX_ROWS` / group rows.
+        lookup: runs of at most `most_rows` rows.
+        most_rows: `FLEX_ROWS` / group.
     """
 
     def __init__(
-        self, run: Callable[..., Any], tokens: PackedTokens, pool: KvPool, lookup: Lookup
+        self,
+        run: Callable[..., Any],
+        tokens: PackedTokens,
+        pool: KvPool,
+        lookup: Lookup,
+        most_rows: int,
     ) -> None:
         self._run, self._lookup = run, lookup
         self.pool, self.slots = pool, tokens.slots
         starts, stops = lookup.starts[:-1, None], lookup.starts[1:, None]
-        offsets = torch.arange(lookup.longest, dtype=torch.int32, device=pool.device)
+        num_rows = 1 if lookup.longest == 1 else most_rows
+        offsets = torch.arange(num_rows, dtype=torch.int32, device=pool.device)
         rows = starts + offsets
         self._rows = torch.where(rows < stops, rows, starts)  # [R, Q] row of the pack
         self._positions = tokens.positions[self._rows]  # [R, Q]
         numbers = torch.arange(tokens.num_rows, dtype=torch.int32, device=pool.device)
         run_of = torch.searchsorted(stops.flatten(), numbers, right=True)
-        self._places = run_of * lookup.longest + numbers - lookup.starts[run_of]  # [N] in [R * Q]
+        self._places = run_of * num_rows + numbers - lookup.starts[run_of]  # [N] in [R * Q]
         self._masks: dict[tuple[int, int | None], BlockMask] = {}
 
     def attend(
@@ -247,8 +259,10 @@ class FlexLayout:
             store.flatten(0, 1).transpose(0, 1)[None]  # [1, num_kv_heads, num_slots, D]
             for store in self.pool.by_page(layer_index)
         )
+        grouped = grouped.reshape(num_runs, num_kv_heads, num_rows * group, head_size)
+        torch._dynamo.mark_static(grouped, 2)
         out: torch.Tensor = self._run(
-            grouped.reshape(num_runs, num_kv_heads, num_rows * group, head_size),
+            grouped,
             keys,
             values,
             block_mask=self.block_mask(group, window),

@@ -36,6 +36,14 @@ pytestmark = [
 ]
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled() -> None:
+    """The kernels of many models are more than torch's compiler keeps for one function."""
+    torch._dynamo.reset()
+
+
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "gather": Gather,
     "flex": lambda: Flex(HEADS // KV_HEADS),

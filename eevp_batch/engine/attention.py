@@ -1,28 +1,99 @@
 """Attention of transformers' own layers: packed queries against paged keys/values.
 
 Registered with transformers' `AttentionInterface` under `ATTENTION_NAME`; a model's own attention
-modules call it after projecting and rotating. Knows rows and pages, nothing of sequences.
+modules call it after projecting and rotating. What attends is a `Kernel`: here the one that gathers
+pages and runs anywhere, in `paged_kernels` those that read them in place. Knows rows and pages,
+nothing of sequences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from eevp_batch.engine.invariance import fewest_rows
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
 from eevp_batch.engine.packing import PackedTokens, Span
+from eevp_batch.engine.upload import moved, to_device
 
 ATTENTION_NAME = "eevp_paged"
 
 
+class Layout(Protocol):
+    """Who may look at what in one pack, the same for every layer of a segment."""
+
+    @property
+    def pool(self) -> KvPool:
+        """Where keys and values are."""
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[N] where each row's key/value goes."""
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend once the rows' keys/values are in the pool.
+
+        Args:
+            layer_index: 0-based.
+            query: [1, H, N, D], rotated.
+            key: [1, num_kv_heads, N, D] of the rows themselves, rotated.
+            value: [1, num_kv_heads, N, D] of the rows themselves.
+            scaling: factor on the scores.
+            window: positions that a row may look back, itself included; None: all.
+
+        Returns:
+            [N, H, D].
+        """
+
+
+class Kernel(Protocol):
+    """A way to attend, and how it wants keys and values to lie.
+
+    Attributes:
+        name: for the log.
+        kv_layout: of the pool.
+        page_size: of the pool.
+        can_record: whether its work on packs of single rows is the same for other contents of the
+            same tensors, so that a graph may repeat it.
+    """
+
+    name: str
+    kv_layout: KvLayout
+    page_size: int
+    can_record: bool
+
+    def layout(self, tokens: PackedTokens, pool: KvPool) -> Layout:
+        """What the pack needs at every layer."""
+
+
+class Gather:
+    """Copies pages together and attends with torch's own operations; on every device."""
+
+    name = "gathered pages"
+    kv_layout: KvLayout = "head"
+    page_size = PAGE_SIZE
+    can_record = False
+
+    def layout(self, tokens: PackedTokens, pool: KvPool) -> Layout:
+        """See `Kernel`."""
+        return AttentionLayout.of(tokens, pool)
+
+
 @dataclass(slots=True)
 class AttentionLayout:
-    """Who may look at what, the same for every layer of a segment.
+    """What gathering needs.
 
     Attributes:
         slots: [N] where each row's key/value goes.
@@ -42,17 +113,16 @@ class AttentionLayout:
     @classmethod
     def of(cls, tokens: PackedTokens, pool: KvPool) -> AttentionLayout:
         """The layout of a pack."""
-        device = tokens.positions.device
         singles = [span for span in tokens.spans if span.stop - span.start == 1]
         width = max((len(span.pages) for span in singles), default=0)
-        seats = torch.tensor([span.seat for span in singles], dtype=torch.int64, device=device)
+        seats = torch.tensor([span.seat for span in singles], dtype=torch.int64)
         return cls(
             pool=pool,
             slots=tokens.slots,
             positions=tokens.positions,
-            single_pages=pool.page_table[seats, :width],
+            single_pages=moved(pool.page_table[seats, :width], pool.device),
             ragged=[
-                (span, torch.tensor([span.pages], device=device))
+                (span, to_device([span.pages], torch.int64, pool.device))
                 for span in tokens.spans[len(singles) :]
             ],
         )
@@ -77,6 +147,47 @@ class AttentionLayout:
             self._masks[name] = mask.masked_fill_(~visible, float("-inf"))
         return self._masks[name]
 
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `Layout`."""
+        num_rows, num_heads, head_size = query.shape[2], query.shape[1], query.shape[3]
+        out = query.new_zeros(num_rows, num_heads, head_size)
+        if self.num_single:
+            out[: self.num_single] = _attend_singles(
+                query[0, :, : self.num_single].transpose(0, 1),
+                self,
+                layer_index,
+                scaling,
+                window,
+            )
+        for rows, pages in self.ragged:
+            span = slice(rows.start, rows.stop)
+            if rows.is_fresh:
+                keys, values = key[:, :, span], value[:, :, span]
+            else:
+                keys, values = self.pool.read(layer_index, pages)
+            num_keys = keys.shape[2]
+            is_causal = rows.is_fresh and (window is None or num_keys <= window)
+            attended = scaled_dot_product_attention(
+                query[:, :, span],
+                _repeat_heads(keys, num_heads),
+                _repeat_heads(values, num_heads),
+                attn_mask=None
+                if is_causal
+                else self.mask(rows.start, rows.stop, num_keys, window).to(query.dtype),
+                is_causal=is_causal,
+                scale=scaling,
+            )
+            out[span] = attended[0].transpose(0, 1)
+        return out
+
 
 def paged_attention(
     module: torch.nn.Module,
@@ -85,7 +196,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: AttentionLayout,
+    layout: Layout,
     scaling: float,
     sliding_window: int | None = None,
     **_: Any,
@@ -105,37 +216,9 @@ def paged_attention(
     Returns:
         [1, N, H, D] and None (no attention weights).
     """
-    layer_index: int = module.layer_idx  # type: ignore[assignment]
-    num_rows, num_heads, head_size = query.shape[2], query.shape[1], query.shape[3]
-    layout.pool.write(layer_index, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    out = query.new_zeros(num_rows, num_heads, head_size)
-    if layout.num_single:
-        out[: layout.num_single] = _attend_singles(
-            query[0, :, : layout.num_single].transpose(0, 1),
-            layout,
-            layer_index,
-            scaling,
-            sliding_window,
-        )
-    for rows, pages in layout.ragged:
-        span = slice(rows.start, rows.stop)
-        if rows.is_fresh:
-            keys, values = key[:, :, span], value[:, :, span]
-        else:
-            keys, values = layout.pool.read(layer_index, pages)
-        num_keys = keys.shape[2]
-        is_causal = rows.is_fresh and (sliding_window is None or num_keys <= sliding_window)
-        attended = scaled_dot_product_attention(
-            query[:, :, span],
-            _repeat_heads(keys, num_heads),
-            _repeat_heads(values, num_heads),
-            attn_mask=None
-            if is_causal
-            else layout.mask(rows.start, rows.stop, num_keys, sliding_window).to(query.dtype),
-            is_causal=is_causal,
-            scale=scaling,
-        )
-        out[span] = attended[0].transpose(0, 1)
+    index: int = module.layer_idx  # type: ignore[assignment]
+    layout.pool.write(index, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = layout.attend(index, query, key, value, scaling, sliding_window)
     return out.unsqueeze(0), None
 
 
@@ -154,9 +237,9 @@ def _attend_singles(
     tokens, 3 key heads of 64), and their result for a row does not depend on the other rows.
     """
     batch, num_heads, head_size = query.shape
-    pages, num_keys = layout.single_pages, layout.single_pages.shape[1] * PAGE_SIZE
+    pages, num_keys = layout.single_pages, layout.single_pages.shape[1] * layout.pool.page_size
     mask = layout.mask(0, batch, num_keys, window)  # [B, T]
-    missing = max(0, fewest_rows(num_heads * head_size * PAGE_SIZE) - batch)
+    missing = max(0, fewest_rows(num_heads * head_size * layout.pool.page_size) - batch)
     if missing:  # rows of zeros that look at the scratch page
         query, pages = pad(query, (0, 0) * 2 + (0, missing)), pad(pages, (0, 0, 0, missing))
         mask = pad(mask, (0, 0, 0, missing))

@@ -13,6 +13,7 @@ import torch
 
 from eevp_batch.engine.sampling import Choices, choices, draw, uniform
 from eevp_batch.engine.sequence import ScoredTokens
+from eevp_batch.engine.upload import to_device
 from eevp_batch.spec import SamplingSpec
 
 
@@ -67,27 +68,32 @@ class Sampler:
         if not is_last:
             # Nothing may be kept for one that stays by rule: another draft may have its place.
             rows = [row for row, may_leave in enumerate(tokens.may_leave) if may_leave]
-            self._kept.store(*self._places(tokens, rows), Choices(*(part[rows] for part in found)))
+            self._kept.store(*self._places(tokens, rows), self._part(found, rows))
             return drawn
         drafts = {row: draft for row, draft in enumerate(tokens.drafts) if draft is not None}
         if drafts:
             rows = list(drafts)
-            drawn[rows] = judge(
-                full=Choices(*(part[rows] for part in found)),
+            drawn[to_device(rows, torch.int64, self._device)] = judge(
+                full=self._part(found, rows),
                 drafted=self._kept.load(*self._places(tokens, rows)),
-                drafts=torch.tensor(list(drafts.values()), device=self._device),
+                drafts=to_device(list(drafts.values()), torch.int64, self._device),
                 accept_uniforms=self._uniforms(tokens, rows, "accept"),
                 redraw_uniforms=self._uniforms(tokens, rows, "redraw"),
                 vocab_size=self._vocab_size,
             )
         return drawn
 
+    def _part(self, found: Choices, rows: Sequence[int]) -> Choices:
+        """The choices of some scored tokens."""
+        index = to_device(rows, torch.int64, self._device)
+        return Choices(found.probabilities[index], found.columns[index])
+
     def _places(
         self, tokens: ScoredTokens, rows: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Seats and steps [len(rows)] of some scored tokens."""
         pairs = [(tokens.seats[row], tokens.steps[row]) for row in rows]
-        seats, steps = torch.tensor(pairs, dtype=torch.int64, device=self._device).view(-1, 2).T
+        seats, steps = to_device(pairs, torch.int64, self._device).view(-1, 2).T
         return seats, steps
 
     def _uniforms(
@@ -95,7 +101,7 @@ class Sampler:
     ) -> torch.Tensor:
         """Their numbers [len(rows)] in [0, 1]."""
         numbers = [uniform(tokens.seeds[row], tokens.steps[row], purpose) for row in rows]
-        return torch.tensor(numbers, dtype=torch.float32, device=self._device)
+        return to_device(numbers, torch.float32, self._device)
 
 
 class DraftChoices:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from eevp_batch.engine.cuda_graphs import SegmentRunner, recorder_for
 from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.exits import Decision, ExitRule
 from eevp_batch.engine.kv_cache import KvPool
@@ -61,6 +62,7 @@ class Engine:
         encode: token ids of a string prompt; None where prompts come as token ids only.
         queues: who waits where.
         stats: counters.
+        runner: runs packs through segments.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Engine:
             self._rule.watch,
             short_prompt,
         )
+        self.runner = SegmentRunner(model, self.pool, recorder_for(model))
 
     @property
     def pool(self) -> KvPool:
@@ -204,8 +207,10 @@ class Engine:
         if depth == 0:
             self._residents.entered()
         sequences = self._residents.grow(sequences)
+        if not sequences:  # all of them start again
+            return [*refused]
         tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
-        states = self._model.run_segment(depth, tokens, self.pool)
+        states = self.runner.run(depth, tokens)
         decision = self._rule.decide(depth, states, ScoredTokens.of(sequences, tokens.scored))
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)

@@ -23,6 +23,7 @@ from eevp_batch.engine.sampling import penalise
 from eevp_batch.engine.score_summary import ScoreSummary, first_argmax, summarise
 from eevp_batch.engine.segmented_model import SegmentOutput
 from eevp_batch.engine.sequence import ScoredTokens
+from eevp_batch.engine.upload import to_device
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import DecaySpec, ExitSpec, SamplingSpec
 
@@ -222,7 +223,7 @@ class ExitRule:
             return
         if start:
             self._seen[seat] = False
-        self._seen[seat, torch.tensor(token_ids, device=self._device)] = True
+        self._seen[seat, to_device(token_ids, torch.int64, self._device)] = True
 
     def decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> Decision:
         """Decide for each scored token whether it leaves after segment `depth`, and as what.
@@ -250,7 +251,7 @@ class ExitRule:
 
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
-        seats = torch.tensor(tokens.seats, device=self._device)
+        seats = to_device(tokens.seats, torch.int64, self._device)
         normed = self._head.normed_at(self._exit_layers[depth], states.hidden)
         scores, ids, outside = self._scores(depth, normed, seats)
         kind = self._exits.confidence
@@ -303,7 +304,7 @@ class ExitRule:
         seen = self._seen[seats]  # a copy
         pairs = [(row, i) for row, ids in enumerate(tokens.context_drafts) for i in ids]
         if pairs:
-            rows, ids = torch.tensor(pairs, device=self._device).T
+            rows, ids = to_device(pairs, torch.int64, self._device).T
             seen[rows, ids] = True
         return seen
 
@@ -313,4 +314,4 @@ class ExitRule:
             return torch.zeros(len(steps), device=self._device)
         limit, decay = self._sampling.max_new_tokens, self._exits.decay
         bars = [decayed(self._thresholds[depth], step, limit, decay) for step in steps]
-        return torch.tensor(bars, dtype=torch.float32, device=self._device)
+        return to_device(bars, torch.float32, self._device)

@@ -19,7 +19,7 @@ from torch import nn
 
 from eevp_batch.engine import native
 from eevp_batch.engine.bridges import BridgeInput, Bridges
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
 from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
 
@@ -87,7 +87,8 @@ class FusedLayers:
     """
 
     hidden_dtype = torch.float32
-    by_lane = True
+    kv_layout: KvLayout = "lane"
+    page_size = PAGE_SIZE
     row_multiple = FEWEST_ROWS
 
     def __init__(self, model: Any) -> None:

@@ -1,13 +1,15 @@
 """The paged pool of keys, values and waiting hidden states.
 
 A *slot* holds one token: its key and value in every layer, and the hidden state it last had. Slots
-come in pages of `PAGE_SIZE`; a sequence owns pages, position t of it lives in
-`pages[t // PAGE_SIZE] * PAGE_SIZE + t % PAGE_SIZE`. All layers share one page table, although a
+come in pages; a sequence owns pages, position t of it lives in
+`pages[t // page_size] * page_size + t % page_size`. All layers share one page table, although a
 token that left early has not been written to the deeper ones yet. A page may have several owners:
-sequences that begin with the same tokens.
+sequences that begin with the same tokens, so that a page is the n-th page of all its owners.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy
 import torch
@@ -16,6 +18,11 @@ from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineError
 
 PAGE_SIZE = 16
+"""Tokens of a page, unless the attention kernel of a device wants another number."""
+KvLayout = Literal["lane", "head", "token"]
+"""How a page of keys and values lies in memory: [num_kv_heads, page_size, D] by `head`; the same
+with keys [num_kv_heads, D, page_size] by `lane`, as the CPU kernels read it; and
+[page_size, num_kv_heads, D] by `token`, as paged kernels on a GPU do."""
 SCRATCH_PAGE = 0
 """Page 0 belongs to nobody: rows that only pad a batch write there."""
 
@@ -38,7 +45,12 @@ class KvPool:
         max_pages: most pages of one sequence.
         dtype: of keys and values.
         hidden_dtype: of hidden states.
-        by_lane: whether a page of keys is stored [D, PAGE_SIZE], as the CPU kernels read it.
+        layout: how a page lies in memory.
+        page_size: tokens of a page.
+
+    Attributes:
+        page_table: [max_resident + 1, max_pages] int64 in host memory, whatever the device; unused
+            entries point at the scratch page. A step sends the rows that it needs.
     """
 
     def __init__(
@@ -53,15 +65,15 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
         hidden_dtype: torch.dtype,
-        by_lane: bool,
+        layout: KvLayout = "head",
+        page_size: int = PAGE_SIZE,
     ) -> None:
-        num_slots = (num_pages + 1) * PAGE_SIZE
-        self.num_pages = num_pages
+        num_slots = (num_pages + 1) * page_size
+        self.num_pages, self.page_size, self.device = num_pages, page_size, device
         self.max_pages = min(max_pages, num_pages)
-        self.num_kv_heads, self._head_size, self._by_lane = num_kv_heads, head_size, by_lane
+        self.num_kv_heads, self._head_size, self._layout = num_kv_heads, head_size, layout
         self._heads = torch.arange(num_kv_heads, device=device)
-        # [L] stores of pages: [num_pages + 1, num_kv_heads, PAGE_SIZE, D], flat. Keys may be
-        # transposed within their page.
+        # [L] stores of num_pages + 1 pages, flat.
         size = num_slots * num_kv_heads * head_size
         self.keys = [_zeros(size, dtype, device) for _ in range(num_layers)]
         self.values = [_zeros(size, dtype, device) for _ in range(num_layers)]
@@ -71,10 +83,7 @@ class KvPool:
         ]
         # [num_slots, E]
         self.hidden = _zeros(num_slots * hidden_size, hidden_dtype, device).view(num_slots, -1)
-        # [max_resident + 1, max_pages], unused entries point at the scratch page.
-        self.page_table = torch.zeros(
-            max_resident + 1, self.max_pages, dtype=torch.int64, device=device
-        )
+        self.page_table = torch.zeros(max_resident + 1, self.max_pages, dtype=torch.int64)
         self._free_pages = list(range(num_pages, 0, -1))
         self._free_seats = list(range(max_resident - 1, -1, -1))
         self._prefix_seat = max_resident
@@ -91,7 +100,7 @@ class KvPool:
     @property
     def max_positions(self) -> int:
         """Most tokens that one sequence can have."""
-        return self.max_pages * PAGE_SIZE
+        return self.max_pages * self.page_size
 
     @property
     def num_pages_in_use(self) -> int:
@@ -115,10 +124,9 @@ class KvPool:
         """Whether any of these pages has a second owner."""
         return any(self._num_owners[page] > 1 for page in pages)
 
-    @staticmethod
-    def pages_for(num_positions: int) -> int:
+    def pages_for(self, num_positions: int) -> int:
         """Pages that hold `num_positions` tokens."""
-        return -(-num_positions // PAGE_SIZE)
+        return -(-num_positions // self.page_size)
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether the empty pool could take this sequence at its longest."""
@@ -131,7 +139,7 @@ class KvPool:
             num_positions: tokens that the sequence is expected to have.
             num_shared: leading ones whose keys/values are there already.
         """
-        needed = self.pages_for(num_positions) - num_shared // PAGE_SIZE
+        needed = self.pages_for(num_positions) - num_shared // self.page_size
         return bool(self._free_seats) and needed <= self.num_unpromised_pages
 
     def admit(
@@ -149,7 +157,7 @@ class KvPool:
         if not self.can_admit(num_positions, num_shared):
             raise EngineError(f"row {sequence.prompt.row_id!r} was admitted without room for it")
         sequence.seat = self._free_seats.pop()
-        num_whole = num_shared // PAGE_SIZE
+        num_whole = num_shared // self.page_size
         sequence.pages = shared[:num_whole]
         for page in sequence.pages:
             self._num_owners[page] += 1
@@ -157,7 +165,7 @@ class KvPool:
             self.page_table[sequence.seat, :num_whole] = torch.tensor(sequence.pages)
         sequence.promised = self.pages_for(num_positions) - num_whole
         self._num_promised += sequence.promised
-        if num_shared % PAGE_SIZE:
+        if num_shared % self.page_size:
             self._allocate(sequence)
             for store in (*self.keys, *self.values):
                 pages = store.view(self.num_pages + 1, -1)
@@ -224,11 +232,10 @@ class KvPool:
         self.drop(sequence.pages)
         sequence.pages, sequence.seat, sequence.promised = [], -1, 0
 
-    @staticmethod
-    def slot(sequence: Sequence, position: int) -> int:
+    def slot(self, sequence: Sequence, position: int) -> int:
         """Where position `position` of the sequence lives."""
-        page, offset = divmod(position, PAGE_SIZE)
-        return sequence.pages[page] * PAGE_SIZE + offset
+        page, offset = divmod(position, self.page_size)
+        return sequence.pages[page] * self.page_size + offset
 
     # --- keys and values -------------------------------------------------------------------------
 
@@ -236,45 +243,57 @@ class KvPool:
         self, layer_index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Store keys (after rotary) and values, both [N, num_kv_heads, D], at slots [N]."""
+        if self._layout == "token":  # one kernel each, whatever the heads
+            for store, part in zip(self.by_page(layer_index), (key, value), strict=True):
+                store.flatten(0, 1).index_copy_(0, slots, part)
+            return
         index = self._elements(slots)
-        keys, values = self._by_token(layer_index)
+        keys, values = self._by_head(layer_index)
         keys[index] = key
         values[index] = value
 
     def tokens(self, layer_index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values at slots [N], both [N, num_kv_heads, D]."""
         index = self._elements(slots)
-        keys, values = self._by_token(layer_index)
+        keys, values = self._by_head(layer_index)
         return keys[index], values[index]
+
+    def by_page(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as they lie by `token`, [num_pages + 1, page_size, num_kv_heads, D]."""
+        shape = (self.num_pages + 1, self.page_size, self.num_kv_heads, self._head_size)
+        return self.keys[layer_index].view(shape), self.values[layer_index].view(shape)
 
     def read(self, layer_index: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of whole pages [B, P].
 
         Returns:
-            Two contiguous tensors [B, num_kv_heads, P * PAGE_SIZE, D].
+            Two contiguous tensors [B, num_kv_heads, P * page_size, D].
         """
         batch, columns = pages.shape
         rows = pages[:, None, :] * self.num_kv_heads + self._heads[None, :, None]
         keys, values = (
             store.flatten(0, 1).index_select(0, rows.flatten())
-            for store in self._by_token(layer_index)
+            for store in self._by_head(layer_index)
         )
-        shape = (batch, self.num_kv_heads, columns * PAGE_SIZE, self._head_size)
+        shape = (batch, self.num_kv_heads, columns * self.page_size, self._head_size)
         return keys.reshape(shape), values.reshape(shape)
 
     def _elements(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Index of the tokens at slots [N] in what `_by_token` gives."""
+        """Index of the tokens at slots [N] in what `_by_head` gives."""
         column = slots[:, None]
-        return column // PAGE_SIZE, self._heads[None], column % PAGE_SIZE
+        return column // self.page_size, self._heads[None], column % self.page_size
 
-    def _by_token(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [num_pages + 1, num_kv_heads, PAGE_SIZE, D] of a layer's keys and values."""
+    def _by_head(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [num_pages + 1, num_kv_heads, page_size, D] of a layer's keys and values."""
+        if self._layout == "token":
+            keys, values = self.by_page(layer_index)
+            return keys.transpose(1, 2), values.transpose(1, 2)
         stem = (self.num_pages + 1, self.num_kv_heads)
-        values = self.values[layer_index].view(*stem, PAGE_SIZE, self._head_size)
+        values = self.values[layer_index].view(*stem, self.page_size, self._head_size)
         keys = self.keys[layer_index]
-        if self._by_lane:
-            return keys.view(*stem, self._head_size, PAGE_SIZE).transpose(2, 3), values
-        return keys.view(*stem, PAGE_SIZE, self._head_size), values
+        if self._layout == "lane":
+            return keys.view(*stem, self._head_size, self.page_size).transpose(2, 3), values
+        return keys.view(*stem, self.page_size, self._head_size), values
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -284,5 +303,7 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     `torch.zeros` would touch all of it.
     """
     if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
+        # Never an inference tensor, wherever it is made: compiled kernels tell the two apart.
+        with torch.inference_mode(False):
+            return torch.zeros(size, dtype=dtype, device=device)
     return torch.from_numpy(numpy.zeros(size * dtype.itemsize, dtype=numpy.uint8)).view(dtype)

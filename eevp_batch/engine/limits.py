@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from eevp_batch.engine.kv_cache import PAGE_SIZE
 from eevp_batch.engine.segment_times import full_batch
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
@@ -51,9 +50,11 @@ class Limits:
 
 
 def page_bytes(model: SegmentedModel) -> int:
-    """Bytes of one page: keys, values and the hidden state of `PAGE_SIZE` tokens."""
+    """Bytes of one page: keys, values and the hidden state of so many tokens."""
     kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * model.dtype.itemsize
-    return PAGE_SIZE * (kv_bytes + model.hidden_size * model.layers.hidden_dtype.itemsize)
+    return model.layers.page_size * (
+        kv_bytes + model.hidden_size * model.layers.hidden_dtype.itemsize
+    )
 
 
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
@@ -74,14 +75,14 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
     max_resident = max_batch + (model.num_segments - 1) * full
     if engine.max_resident != "auto":
         max_resident = engine.max_resident
-    max_pages = -(-context_length // PAGE_SIZE)
+    max_pages = -(-context_length // model.layers.page_size)
     one_page = page_bytes(model)
     budget = _auto_bytes(model.device) if engine.kv_memory == "auto" else engine.kv_memory
     num_pages = min(int(budget) // one_page, max_resident * max_pages)
     if num_pages < 1:
         raise UsageError(
             f"engine.kv_memory: found {budget} bytes; allowed: at least {one_page}, one page of "
-            f"{PAGE_SIZE} tokens"
+            f"{model.layers.page_size} tokens"
         )
     return Limits(
         max_batch=max_batch,

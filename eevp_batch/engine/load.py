@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
@@ -156,6 +157,7 @@ def build_engine(
     sampling: SamplingSpec,
     engine: EngineSpec,
     fitted: FittedExits | None = None,
+    kernel: Kernel | None = None,
 ) -> Engine:
     """An engine around a loaded model.
 
@@ -166,16 +168,23 @@ def build_engine(
         sampling: sampling.
         engine: batch and memory.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
-    return cut_model(weights, tokenizer, exit, fitted).engine(tokenizer, exit, sampling, engine)
+    return cut_model(weights, tokenizer, exit, fitted, kernel).engine(
+        tokenizer, exit, sampling, engine
+    )
 
 
 def cut_model(
-    weights: PreTrainedModel, tokenizer: Any, exit: ExitSpec, fitted: FittedExits | None = None
+    weights: PreTrainedModel,
+    tokenizer: Any,
+    exit: ExitSpec,
+    fitted: FittedExits | None = None,
+    kernel: Kernel | None = None,
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -184,6 +193,7 @@ def cut_model(
         tokenizer: its tokenizer.
         exit: exits; layers are resolved against the model.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
@@ -196,7 +206,7 @@ def cut_model(
     factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
     # Before the model is cut.
     proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
-    model = SegmentedModel(weights, exit_layers)
+    model = SegmentedModel(weights, exit_layers, kernel)
     short_prompt = None
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))

@@ -15,11 +15,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from eevp_batch.engine.attention import ATTENTION_NAME, AttentionLayout
+from eevp_batch.engine.attention import ATTENTION_NAME, Kernel
 from eevp_batch.engine.bridges import BridgeInput, Bridges
 from eevp_batch.engine.invariance import ROW_MULTIPLE
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kernel_choice import choose_kernel
+from eevp_batch.engine.kv_cache import KvLayout, KvPool
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.paged_kernels import AttentionShape
 
 
 class ModuleLayers:
@@ -27,15 +29,15 @@ class ModuleLayers:
 
     Args:
         model: a `...ForCausalLM`; its attention implementation is set to this package's.
+        kernel: what attends; None: what suits the model and its device.
 
     Attributes:
         bridges: what gives skipped layers their keys/values; None: those layers' projections.
     """
 
-    by_lane = False
     row_multiple = ROW_MULTIPLE
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kernel: Kernel | None = None) -> None:
         model.config._attn_implementation = ATTENTION_NAME
         self._layers: Sequence[Any] = model.model.layers
         self._embed: nn.Embedding = model.model.embed_tokens
@@ -44,6 +46,17 @@ class ModuleLayers:
         self._head: nn.Linear = model.lm_head
         self.bridges: Bridges | None = None
         self.hidden_dtype: torch.dtype = model.lm_head.weight.dtype
+        self.kernel = kernel or choose_kernel(
+            AttentionShape(
+                device=model.lm_head.weight.device,
+                dtype=self.hidden_dtype,
+                num_heads=model.config.num_attention_heads,
+                num_kv_heads=model.config.num_key_value_heads,
+                head_size=self._layers[0].self_attn.head_dim,
+            )
+        )
+        self.kv_layout: KvLayout = self.kernel.kv_layout
+        self.page_size = self.kernel.page_size
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """States [N, E] that ids [N] enter with."""
@@ -59,7 +72,7 @@ class ModuleLayers:
             The rows' states [N, E], and those of the front rows before the last layer, [B, E].
         """
         rotary = self._angles(tokens.positions, hidden)
-        layout = AttentionLayout.of(tokens, pool)
+        layout = self.kernel.layout(tokens, pool)
         waiting = _Waiting(self, tokens, pool) if len(tokens.project_slots) else None
         before = hidden
         for index in indices:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool
+from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.sequence import Origin, Sequence, Waiting
+from eevp_batch.engine.upload import columns_to_device
 
 
 class Span(NamedTuple):
@@ -25,6 +26,7 @@ class Span(NamedTuple):
         seat: the sequence's row of the page table.
         pages: pages that hold its positions up to the last of these rows.
         is_fresh: the rows are all positions from 0 on, so that no key need be read back.
+        positions: of these rows, ascending.
     """
 
     start: int
@@ -32,6 +34,23 @@ class Span(NamedTuple):
     seat: int
     pages: list[int]
     is_fresh: bool
+    positions: list[int]
+
+
+class Lookup(NamedTuple):
+    """Where the rows of a pack look, for kernels that read pages in place; R runs of rows.
+
+    Attributes:
+        starts: [R + 1] int32, first row of each run, and N.
+        lengths: [R] int32, keys that the last row of each run sees: its position + 1.
+        tables: [R, P] int32, the pages of each run's sequence.
+        longest: rows of the longest run.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    tables: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +68,7 @@ class PackedTokens:
         origins: which of the W have which origin; these cover all of them, in order.
         spans: the rows of each sequence; those with a single row come first.
         num_tokens: rows that are real.
+        lookup: what a paged kernel made of the spans, where somebody has asked for it already.
     """
 
     token_ids: torch.Tensor | None
@@ -61,6 +81,7 @@ class PackedTokens:
     origins: list[tuple[Origin, slice]]
     spans: list[Span]
     num_tokens: int
+    lookup: Lookup | None = None
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +104,7 @@ def pack(
     """
     entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
     order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
-    rows = _Rows(pool.page_table.device, row_multiple)
+    rows = _Rows(pool, row_multiple)
     scored_rows = [range(0)] * len(entering)
     for index in order:
         scored_rows[index] = rows.add(*entering[index])
@@ -93,8 +114,9 @@ def pack(
 class _Rows:
     """The columns of a pack while it grows."""
 
-    def __init__(self, device: torch.device, row_multiple: int) -> None:
-        self._device, self._row_multiple = device, row_multiple
+    def __init__(self, pool: KvPool, row_multiple: int) -> None:
+        self._device, self._row_multiple = pool.device, row_multiple
+        self._page_size = pool.page_size
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
@@ -105,52 +127,58 @@ class _Rows:
         """Append what one sequence brings; returns the rows of its scored positions."""
         start, run = len(self._positions), waiting.run
         self._positions += run
-        self._slots += _slots(sequence.pages, run)
+        self._slots += _slots(sequence.pages, run, self._page_size)
         self._token_ids += [sequence.token_ids[position] for position in run]
         for origin, positions in waiting.project.items():
             columns = self._project.setdefault(origin, ([], []))
             columns[0].extend(positions)
-            columns[1].extend(_slots(sequence.pages, positions))
+            columns[1].extend(_slots(sequence.pages, positions, self._page_size))
         stop = len(self._positions)
-        pages = sequence.pages[: run[-1] // PAGE_SIZE + 1]
+        pages = sequence.pages[: run[-1] // self._page_size + 1]
         is_fresh = len(run) == run[-1] + 1
-        self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh))
+        self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh, run))
         return range(stop - len(waiting.scored), stop)
 
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
-        project_positions: list[int] = []
-        project_slots: list[int] = []
+        skipped_positions: list[int] = []
+        skipped_slots: list[int] = []
         origins = []
-        for origin, (positions, slots) in self._project.items():
-            start = len(project_slots)
-            project_positions += self._filled_up(positions)
-            project_slots += self._filled_up(slots)
-            origins.append((origin, slice(start, len(project_slots))))
+        for origin, columns in self._project.items():
+            start = len(skipped_slots)
+            skipped_positions += self._padded(columns[0])
+            skipped_slots += self._padded(columns[1])
+            origins.append((origin, slice(start, len(skipped_slots))))
+        sent = columns_to_device(
+            [
+                self._padded(self._token_ids if depth == 0 else []),
+                self._padded(self._positions),
+                self._padded(self._slots),
+                [*chain(*scored_rows)],
+                skipped_positions,
+                skipped_slots,
+            ],
+            self._device,
+        )
+        token_ids, positions, slots, rows, project_positions, project_slots = sent
         return PackedTokens(
-            token_ids=self._padded(self._token_ids) if depth == 0 else None,
-            positions=self._padded(self._positions),
-            slots=self._padded(self._slots),
+            token_ids=token_ids if depth == 0 else None,
+            positions=positions,
+            slots=slots,
             scored=scored,
-            scored_rows=torch.tensor([*chain(*scored_rows)], device=self._device),
-            project_positions=self._tensor(project_positions),
-            project_slots=self._tensor(project_slots),
+            scored_rows=rows,
+            project_positions=project_positions,
+            project_slots=project_slots,
             origins=origins,
             spans=self._spans,
             num_tokens=len(self._positions),
         )
 
-    def _padded(self, column: list[int]) -> torch.Tensor:
-        """[N] int64, padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
-        return self._tensor(self._filled_up(column))
-
-    def _filled_up(self, column: list[int]) -> list[int]:
+    def _padded(self, column: list[int]) -> list[int]:
+        """Padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
         return column + [0] * (-len(column) % self._row_multiple)
 
-    def _tensor(self, column: list[int]) -> torch.Tensor:
-        return torch.tensor(column, dtype=torch.int64, device=self._device)
 
-
-def _slots(pages: list[int], positions: SequenceOf[int]) -> list[int]:
+def _slots(pages: list[int], positions: SequenceOf[int], size: int) -> list[int]:
     """Pool slots of a sequence's positions."""
-    return [pages[t // PAGE_SIZE] * PAGE_SIZE + t % PAGE_SIZE for t in positions]
+    return [pages[t // size] * size + t % size for t in positions]

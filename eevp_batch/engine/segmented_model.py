@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.bridges import Bridges
 from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.fused import FusedLayers, can_fuse
@@ -55,12 +56,15 @@ class SegmentedModel:
         model: a `...ForCausalLM` of a supported family, in evaluation mode. Where its own modules
             run, their attention is set to this package's.
         exit_layers: e_1 < ... < e_D = L.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         ModelError: unsupported family or rotary embedding, or exit layers that do not fit.
     """
 
-    def __init__(self, model: PreTrainedModel, exit_layers: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, exit_layers: Sequence[int], kernel: Kernel | None = None
+    ) -> None:
         config = model.config
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise ModelError(
@@ -86,13 +90,13 @@ class SegmentedModel:
         self.vocab_size: int = self.head_weight.shape[0]
         self.norm_weight: torch.Tensor = model.model.norm.weight.detach()  # [E]
         self.norm_eps: float = config.rms_norm_eps
-        objection = can_fuse(model)
+        objection = can_fuse(model) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
             self.layers = FusedLayers(model)
         else:
             _log.info("layers run as transformers wrote them: %s", objection)
-            self.layers = ModuleLayers(model)
+            self.layers = ModuleLayers(model, kernel)
 
     def _checked(self, exit_layers: Sequence[int]) -> tuple[int, ...]:
         if (
@@ -129,6 +133,11 @@ class SegmentedModel:
     def device(self) -> torch.device:
         return self.head_weight.device
 
+    @property
+    def can_record(self) -> bool:
+        """Whether runs of decode-only packs can be recorded; see `attention.Kernel`."""
+        return isinstance(self.layers, ModuleLayers) and self.layers.kernel.can_record
+
     def make_pool(self, num_pages: int, max_resident: int, max_pages: int) -> KvPool:
         """An empty pool for this model's keys, values and states; see `KvPool`."""
         return KvPool(
@@ -142,7 +151,8 @@ class SegmentedModel:
             dtype=self.dtype,
             device=self.device,
             hidden_dtype=self.layers.hidden_dtype,
-            by_lane=self.layers.by_lane,
+            layout=self.layers.kv_layout,
+            page_size=self.layers.page_size,
         )
 
     def segment_layers(self, depth: int) -> range:

@@ -88,8 +88,11 @@ class _Collector:
         unseen, places = [], iter(forced.prompt.tolist())
         for row in forced.rows:
             beginning = 0
-            for token_id, place in zip(row.prompt_ids, places, strict=False):
+            for position, token_id in enumerate(row.prompt_ids):
                 beginning = hash((beginning, token_id))
+                if position < forced.num_shared:
+                    continue
+                place = next(places)
                 if beginning not in self._seen:
                     self._seen.add(beginning)
                     unseen.append(place)

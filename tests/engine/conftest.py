@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
@@ -38,6 +39,7 @@ def make_engine(
     model: PreTrainedModel | None = None,
     limits: dict[str, Any] | None = None,
     vocab: dict[str, Any] | None = None,
+    kernel: Kernel | None = None,
     **exit: Any,
 ) -> Engine:
     """An engine over a tiny model; without `layers` the exits are off."""
@@ -52,6 +54,7 @@ def make_engine(
         exits,
         sampling or SamplingSpec(max_new_tokens=NEW_TOKENS),
         EngineSpec(max_batch=max_batch, **(limits or {"max_resident": 3 * max_batch})),
+        kernel,
     )
 
 

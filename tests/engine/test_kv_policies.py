@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
 
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import SamplingSpec
@@ -66,7 +65,7 @@ def watch_releases(engine: Engine, seen: list[tuple[Sequence, list[Any]]]) -> No
         kept = []
         for index in range(NUM_LAYERS):
             count = sequence.filled[depth_of[index]]
-            slots = [KvPool.slot(sequence, position) for position in range(count)]
+            slots = [pool.slot(sequence, position) for position in range(count)]
             parts = pool.tokens(index, torch.tensor(slots, dtype=torch.int64))
             kept.append([part.flatten(1) for part in parts])
         seen.append((sequence, kept))

@@ -211,7 +211,7 @@ def cut_model(
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))
         if exit.prefill == "bridge":
-            short_prompt = ShortPrompt(exit_layers[0], fitted.tail)
+            short_prompt = ShortPrompt(exit_layers[0], fitted.tail, fitted.lead)
     return CutModel(
         model=model,
         prune_layer=prune_layer,

@@ -184,13 +184,13 @@ class _Forced(Generation):
 
     def waiting(self, depth: int) -> Waiting:
         """See `Sequence.waiting`; position t decides generated token t - num_prompt + 1."""
-        first_run = self._num_shared
-        project: dict[Origin, list[int]] = {}
+        prompt = range(self._num_shared, self._text_starts)
+        skipped, project = range(0), dict[Origin, list[int]]()
         if self._short is not None and depth:
-            first_run = max(first_run, self._text_starts - self._short.tail)
-            stopped = [*range(self._num_shared, first_run)]
+            skipped = self._short.skipped(self._text_starts)
+            stopped = [position for position in prompt if position in skipped]
             project = {Origin("prompt", self._short.exit_layer): stopped} if stopped else {}
-        run = [*range(first_run, self._text_starts)]
+        run = [position for position in prompt if position not in skipped]
         for number in range(1, len(self.left_at)):
             position, left = self._text_starts + number - 1, self.left_at[number]
             if left >= depth:

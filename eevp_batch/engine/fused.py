@@ -38,12 +38,18 @@ class FusedLayer:
         self.out = _stacked([attention.o_proj])
         self.gate_up = _stacked([mlp.gate_proj, mlp.up_proj])
         self.down = _stacked([mlp.down_proj])
-        self.input_norm = layer.input_layernorm.weight.float()
-        self.middle_norm = layer.post_attention_layernorm.weight.float()
-        self.q_norm = attention.q_norm.weight.float() if hasattr(attention, "q_norm") else None
-        self.k_norm = attention.k_norm.weight.float() if hasattr(attention, "k_norm") else None
+        self.input_norm = _float_copy(layer.input_layernorm)
+        self.middle_norm = _float_copy(layer.post_attention_layernorm)
+        self.q_norm = _float_copy(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = _float_copy(attention.k_norm) if hasattr(attention, "k_norm") else None
         self.window: int = _window(attention)
         self.scaling: float = attention.scaling
+
+
+def _float_copy(norm: nn.Module) -> torch.Tensor:
+    """A norm's weight in float32. Copied: a tensor of a mapped file keeps all of it in memory."""
+    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+    return weight.detach().to(torch.float32, copy=True)
 
 
 def _window(attention: Any) -> int:
@@ -81,6 +87,7 @@ class FusedLayers:
 
     Args:
         model: a `...ForCausalLM` for which `can_fuse` has no objection.
+        head_weight: a copy of its head.
 
     Attributes:
         bridges: what gives skipped layers their keys/values; None: those layers' projections.
@@ -91,7 +98,7 @@ class FusedLayers:
     page_size = PAGE_SIZE
     row_multiple = FEWEST_ROWS
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head_weight: torch.Tensor) -> None:
         config, weight = model.config, model.lm_head.weight
         kernels = native.kernels(weight.dtype)
         if kernels is None:
@@ -104,8 +111,9 @@ class FusedLayers:
         self._num_kv_heads: int = config.num_key_value_heads
         self._head_size: int = model.model.layers[0].self_attn.head_dim
         self._rotary: nn.Module = model.model.rotary_emb
-        self._embed: torch.Tensor = model.model.embed_tokens.weight
-        self._final_norm: torch.Tensor = model.model.norm.weight.float()
+        embed: torch.Tensor = model.model.embed_tokens.weight.detach()
+        self._embed = head_weight if embed.data_ptr() == weight.data_ptr() else embed.clone()
+        self._final_norm: torch.Tensor = _float_copy(model.model.norm)
         self._head = PackedLinear(weight)
         self._scratch: dict[str, torch.Tensor] = {}
         self.bridges: Bridges | None = None

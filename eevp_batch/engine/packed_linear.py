@@ -23,7 +23,9 @@ class PackedLinear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._bias = bias
+        # Detached, for a graph would keep the weight alive as it was read.
+        weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
         self._packed = pack_weight(weight)
         self._weight = weight if self._packed is None else None
 

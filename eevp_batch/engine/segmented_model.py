@@ -88,12 +88,14 @@ class SegmentedModel:
         self.hidden_size: int = config.hidden_size
         self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
         self.vocab_size: int = self.head_weight.shape[0]
-        self.norm_weight: torch.Tensor = model.model.norm.weight.detach()  # [E]
+        self.norm_weight: torch.Tensor = model.model.norm.weight.detach().clone()  # [E]
         self.norm_eps: float = config.rms_norm_eps
         objection = can_fuse(model) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
-            self.layers = FusedLayers(model)
+            # Copied, so that the weights as they were read can go; the layers keep packed ones.
+            self.head_weight = self.head_weight.clone()
+            self.layers = FusedLayers(model, self.head_weight)
         else:
             _log.info("layers run as transformers wrote them: %s", objection)
             self.layers = ModuleLayers(model, kernel)

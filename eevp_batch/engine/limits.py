@@ -15,7 +15,7 @@ from eevp_batch.spec import EngineSpec
 AUTO_BATCH = {"cpu": 192, "cuda": 256}
 AUTO_BATCH_FLOAT32 = {"cpu": 128, "cuda": 256}
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
-STEP_TOKENS = {"cpu": 256, "cuda": 2048}
+STEP_TOKENS = {"cpu": 128, "cuda": 2048}
 AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
 AUTO_DEVICE_SHARE = 0.85
 AGE_CAP_STEPS = 256

@@ -102,7 +102,8 @@ def _axes(scale: _Scale, title: str, x_label: str, y_label: str) -> str:
 
 
 def _bar(scale: _Scale, x: float, y: float, count: int) -> str:
-    width = 0.7 * scale.width / (count + 1)
+    low, high = scale.x_range
+    width = 0.7 * scale.width / max(count + 1, high - low)
     top = scale.y(y)
     return (
         f'<rect x="{scale.x(x) - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" '

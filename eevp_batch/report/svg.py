@@ -7,7 +7,10 @@ from html import escape
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 44, 52
-COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#c97b1a", "#45545f")
+COLOURS = (
+    "#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#c97b1a", "#45545f", "#17a2a2", "#d46ab1",
+    "#8a8f1a", "#6b4226",
+)  # fmt: skip
 BAR_COLOUR = "#d9dee3"
 TICKS = 5
 
@@ -99,7 +102,8 @@ def _axes(scale: _Scale, title: str, x_label: str, y_label: str) -> str:
 
 
 def _bar(scale: _Scale, x: float, y: float, count: int) -> str:
-    width = 0.7 * scale.width / (count + 1)
+    low, high = scale.x_range
+    width = 0.7 * scale.width / max(count + 1, high - low)
     top = scale.y(y)
     return (
         f'<rect x="{scale.x(x) - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" '

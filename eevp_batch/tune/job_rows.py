@@ -42,7 +42,7 @@ def drawn_prompts(
     Args:
         source: input of the job.
         encoder: from a row to token ids.
-        num_rows: how many rows are drawn; all of them where there are fewer.
+        num_rows: how many rows; fewer where there are fewer.
         seed: of the choice.
         without: keys of prompts that are left out, see `prompt_key`.
 
@@ -52,7 +52,7 @@ def drawn_prompts(
     files = [InputParquet.open(path) for path in list_inputs(source.path)]
     total = min(sum(file.num_rows for file in files), source.limit or 1 << 62)
     rng, known = random.Random(seed), set(without)
-    picks = sorted(rng.sample(range(total), min(num_rows, total)))
+    picks = sorted(rng.sample(range(total), min(num_rows + len(known), total)))
     found = []
     for row in _rows_at(files, encoder.columns, picks):
         try:
@@ -64,7 +64,7 @@ def drawn_prompts(
         allowed = "one that can be encoded and that nothing was fitted to"
         raise InputError(str(source.path), "input", "no row to draw", allowed)
     rng.shuffle(found)
-    return found
+    return found[:num_rows]
 
 
 def _rows_at(
@@ -108,7 +108,7 @@ def output_rows(
         out: output folder or URI.
         fields: of the job's own plan, by dotted name.
         encoder: of the job.
-        num_rows: how many rows are drawn; rows in error among them are left out.
+        num_rows: how many rows; fewer where there are fewer, or where rows are in error.
         seed: of the choice.
         without: keys of prompts that are left out, see `prompt_key`.
 
@@ -122,7 +122,7 @@ def output_rows(
         raise UsageError(f"{out}: found a job that is not finished; allowed: one that is")
     _check_same(out, plan.fields, fields)
     rng, known = random.Random(seed), set(without)
-    picks = sorted(rng.sample(range(plan.num_rows), min(num_rows, plan.num_rows)))
+    picks = sorted(rng.sample(range(plan.num_rows), min(num_rows + len(known), plan.num_rows)))
     ends = list(itertools.accumulate(chunk.num_rows for chunk in plan.chunks))
     found, start = [], 0
     for chunk, stop in zip(plan.chunks, ends, strict=True):
@@ -134,7 +134,7 @@ def output_rows(
     if not found:
         raise UsageError(f"{out}: found no generation that nothing was fitted to; allowed: some")
     rng.shuffle(found)
-    return found
+    return found[:num_rows]
 
 
 def _check_same(out: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

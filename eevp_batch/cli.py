@@ -8,8 +8,6 @@ the error's exit code and one message. Exit codes: 0 all rows done; 1 failed; 2 
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from eevp_batch import __version__
+from eevp_batch.cli_tune import fit, potential
+from eevp_batch.console import echo_json, json_option, width
 from eevp_batch.errors import EevpError, TooManyErrorsError, VerifyFailedError
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ def _spec_command(command: _Command) -> _Command:
     return click.argument("spec", metavar="SPEC")(overrides(command))
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 _out_argument = click.argument("out", metavar="OUT")
 
 
@@ -98,7 +97,7 @@ def run(spec: str, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @_spec_command
-@_json_option
+@json_option
 def validate(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a job file, its model and its input; write nothing."""
     from eevp_batch.prepare import check_prompts, earlier_plan, prepare
@@ -107,7 +106,7 @@ def validate(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     check_prompts(job)
     is_new = earlier_plan(job) is None
     if as_json:
-        _echo_json(
+        echo_json(
             {
                 "name": job.spec.name,
                 "rows": job.plan.num_rows,
@@ -135,7 +134,7 @@ def validate(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     type=click.IntRange(min=1),
     help="About how many rows to tokenise; more are estimated from these.",
 )
-@_json_option
+@json_option
 def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
     """Show what a job would do and what it would cost; write nothing."""
     from eevp_batch.prepare import check_prompts, count_prompts, earlier_plan, prepare
@@ -148,14 +147,14 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
     num_chunks, num_files = len(job.plan.chunks), len(job.plan.files)
     found = forecast(job.spec, job.model, counts, job.plan.num_rows, num_chunks, num_files)
     if as_json:
-        _echo_json(found.to_json())
+        echo_json(found.to_json())
     else:
-        click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, _width())}")
+        click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, width())}")
 
 
 @main.command()
 @_out_argument
-@_json_option
+@json_option
 def status(out: str, as_json: bool) -> None:
     """Show how far a job is, from its output folder alone."""
     from eevp_batch.report.text import render_status
@@ -164,14 +163,14 @@ def status(out: str, as_json: bool) -> None:
 
     found = read_status(Store.open(out))
     if as_json:
-        _echo_json(found.to_json())
+        echo_json(found.to_json())
     else:
-        click.echo(render_status(found, _width(), time.time()))
+        click.echo(render_status(found, width(), time.time()))
 
 
 @main.command()
 @_out_argument
-@_json_option
+@json_option
 def verify(out: str, as_json: bool) -> None:
     """Prove that every row is accounted for and that no file was altered."""
     from eevp_batch.storage.store import Store
@@ -180,7 +179,7 @@ def verify(out: str, as_json: bool) -> None:
     report = verify_store(Store.open(out))
     if as_json:
         names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
-        _echo_json({name: getattr(report, name) for name in names})
+        echo_json({name: getattr(report, name) for name in names})
     if report.problems:
         raise VerifyFailedError(out, report.problems)
     if not as_json:
@@ -192,16 +191,20 @@ def verify(out: str, as_json: bool) -> None:
 
 @main.command()
 @_out_argument
-@_json_option
+@json_option
 def report(out: str, as_json: bool) -> None:
     """Sum up a job: rows, speed, exit layers, samples."""
     from eevp_batch.report.summary import summarise
     from eevp_batch.storage.store import Store
 
     if as_json:
-        _echo_json(summarise(Store.open(out)).to_json())
+        echo_json(summarise(Store.open(out)).to_json())
     else:
         _echo_summary(out)
+
+
+main.add_command(potential)
+main.add_command(fit)
 
 
 def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:
@@ -255,16 +258,7 @@ def _echo_summary(out: str) -> None:
     from eevp_batch.report.text import render_summary
     from eevp_batch.storage.store import Store
 
-    click.echo(render_summary(summarise(Store.open(out)), _width()))
-
-
-def _echo_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _width() -> int:
-    """Columns to write for: the terminal's, at most 120."""
-    return min(shutil.get_terminal_size().columns, 120)
+    click.echo(render_summary(summarise(Store.open(out)), width()))
 
 
 if __name__ == "__main__":

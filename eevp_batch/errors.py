@@ -5,7 +5,8 @@ EevpError                     1
 │   ├── SpecError                 the job file: file, line, field, found, allowed
 │   ├── InputError                the input data: file, column, found, allowed
 │   ├── ModelError                the model folder: missing, unsupported, not to be trusted
-│   └── FittedExitsError          fitted exits: damaged, or of another model
+│   ├── FittedExitsError          fitted exits: damaged, or of another model
+│   └── CalibrationError          nothing to certify with, or certified for another job
 ├── TooManyErrorsError        3   more error rows than `run.max_error_rate` allows
 ├── ResumeRefusedError        4   the output folder belongs to another job
 ├── ClusterError              5   no cluster to be reached, or it refused us
@@ -90,6 +91,10 @@ class TooManyErrorsError(EevpError):
 
 class FittedExitsError(UsageError):
     """Fitted exits cannot be used: damaged, of another format, or made for another model."""
+
+
+class CalibrationError(UsageError):
+    """A calibration cannot be made of these figures, is damaged, or holds for something else."""
 
 
 class ResumeRefusedError(EevpError):

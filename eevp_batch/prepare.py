@@ -9,10 +9,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from eevp_batch.errors import (
+    FittedExitsError,
     InputError,
     ModelError,
     ResumeRefusedError,
@@ -20,6 +21,7 @@ from eevp_batch.errors import (
     SpecError,
     UsageError,
 )
+from eevp_batch.fitted_config import with_fitted_layers
 from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
 from eevp_batch.report.forecast import PromptCounts
 from eevp_batch.spec import JobSpec
@@ -67,16 +69,16 @@ def prepare(path: str, overrides: Sequence[str] = ()) -> PreparedJob:
         UsageError: the first problem, with the line of the job file that it comes from.
     """
     source = read_spec(path, overrides)
-    spec = source.spec
     with located(source):
-        store = Store.open(spec.output.path)
-        model = read_model_config(spec.model)
+        store = Store.open(source.spec.output.path)
+        model = read_model_config(source.spec.model)
+        spec = with_fitted_layers(source.spec, model)
         room = prompt_room(spec.sampling, model)
         plan = make_plan(spec, model)
         if not plan.num_rows:
             raise InputError(str(spec.input.path), "input.path", "no rows", "one row or more")
     limit = min(spec.prompt.max_prompt_tokens or room, room)
-    return PreparedJob(source, model, plan, store, limit)
+    return PreparedJob(replace(source, spec=spec), model, plan, store, limit)
 
 
 @contextmanager
@@ -100,6 +102,9 @@ def located(source: SpecSource) -> Iterator[None]:
         raise
     except ModelError as error:
         _note(error, source, "model.path")
+        raise
+    except FittedExitsError as error:
+        _note(error, source, "exit.heads")
         raise
 
 

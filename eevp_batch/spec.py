@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Confidence = Literal["margin", "max_prob", "entropy", "hidden_cosine"]
 Dtype = Literal["bfloat16", "float32", "float16"]
-KvPolicy = Literal["propagate", "recompute", "verify"]
+KvPolicy = Literal["propagate", "bridge", "recompute", "verify"]
 MAX_SEED = 2**63 - 1
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
@@ -173,7 +173,9 @@ class ExitSpec(_Section):
     mode: Annotated[Literal["on", "off"], BeforeValidator(_on_off)] = "on"
     """`off` runs every token through all layers."""
     layers: Auto | Annotated[list[Count], Field(min_length=1)] = "auto"
-    """Layers after which a token may leave, increasing; the last is always one; `auto`: thirds."""
+    """Layers after which a token may leave, increasing; `auto`: those of heads, else thirds."""
+    heads: Text | None = None
+    """Folder that `fit` wrote, relative to the job file; none: the model's own head is read."""
     confidence: Confidence = "margin"
     """What is compared with the threshold."""
     threshold: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = 0.9
@@ -181,7 +183,9 @@ class ExitSpec(_Section):
     decay: DecaySpec | None = None
     """How the threshold falls with the token's position; it does not."""
     kv: KvPolicy = "propagate"
-    """What fills keys and values of the layers that a token skipped."""
+    """What fills keys and values of the layers that a token skipped; bridge needs heads."""
+    prefill: Literal["full", "bridge"] = "full"
+    """`bridge`: prompts, but for their end, run to the first exit only; needs exit.kv: bridge."""
     max_waiting: Count = 8
     """With recompute or verify: once so many tokens wait, the next takes all layers, they too."""
     vocab: VocabSpec = VocabSpec()
@@ -191,6 +195,14 @@ class ExitSpec(_Section):
     def _layers_increase(self) -> ExitSpec:
         if self.layers != "auto" and self.layers != sorted(set(self.layers)):
             raise refused("layers", self.layers, "strictly increasing layers")
+        return self
+
+    @model_validator(mode="after")
+    def _bridges_what_was_fitted(self) -> ExitSpec:
+        if self.kv == "bridge" and self.heads is None:
+            raise refused("kv", '"bridge"', "propagate, recompute, verify without exit.heads")
+        if self.prefill == "bridge" and self.kv != "bridge":
+            raise refused("prefill", '"bridge"', "full unless exit.kv is bridge")
         return self
 
     @model_validator(mode="after")

@@ -179,10 +179,12 @@ def _resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     model = spec.model.path
     if model.startswith(("./", "../", "~")) or os.path.isdir(base / model):
         model = _resolve(model, base)
+    heads = spec.exit.heads if spec.exit.heads is None else _resolve(spec.exit.heads, base)
     return spec.model_copy(
         update={
             "input": spec.input.model_copy(update={"path": inputs}),
             "model": spec.model.model_copy(update={"path": model}),
+            "exit": spec.exit.model_copy(update={"heads": heads}),
             "output": spec.output.model_copy(update={"path": _resolve(spec.output.path, base)}),
         }
     )

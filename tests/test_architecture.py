@@ -56,6 +56,25 @@ def test_help_needs_only_click() -> None:
     assert not heavy & set(loaded), "the command line imports heavy modules before a command runs"
 
 
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = None  # as where it is not installed: every import of it fails
+import tests.bench.gpu
+from eevp_batch.engine.load import load
+from eevp_batch.spec import ExitSpec, SamplingSpec, VocabSpec
+exits = ExitSpec(layers=[2], vocab=VocabSpec(top_k=32))
+engine = load(sys.argv[1], exits, SamplingSpec(max_new_tokens=4), dtype="float32")
+print(next(engine.generate(["Without Ray"])).generated_tokens)
+"""
+
+
+def test_the_engine_runs_where_ray_is_not_installed(tiny_llama: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_RAY, str(tiny_llama)]
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert 1 <= int(found.stdout) <= 4
+
+
 @pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS, *TESTS], ids=where)
 def test_functions_and_files_stay_short(path: Path) -> None:
     source = path.read_text(encoding="utf-8")

@@ -65,7 +65,7 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("exit:\n  layers: []", 2, "exit.layers", "[]", "a list"),
     ("exit:\n  mode: maybe", 2, "exit.mode", '"maybe"', "on, off"),
     ("exit:\n  confidence: gut", 2, "exit.confidence", '"gut"', "margin, max_prob, entropy"),
-    ("exit:\n  kv: guess", 2, "exit.kv", '"guess"', "propagate, recompute, verify"),
+    ("exit:\n  kv: guess", 2, "exit.kv", '"guess"', "propagate, bridge, recompute, verify"),
     ("exit:\n  max_waiting: 0", 2, "exit.max_waiting", "0", "an integer, at least 1"),
     (
         "exit:\n  kv: verify\n  vocab: {final_head: pruned}",

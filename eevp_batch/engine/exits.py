@@ -51,8 +51,8 @@ class Head(Protocol):
     def head_weight(self) -> torch.Tensor:
         """[V, E]."""
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm, [B, E] -> [B, E]."""
+    def normed_at(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What `scores` takes of the states at an exit, [B, E] -> [B, E]."""
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores over the whole vocabulary, [B, E] -> [B, V] of the model's type."""
@@ -183,7 +183,7 @@ class ExitRule:
         self._proposal = proposal
         weight = head.head_weight
         self._device, self._vocab_size = weight.device, weight.shape[0]
-        self._last = len(exit_layers) - 1
+        self._exit_layers, self._last = exit_layers, len(exit_layers) - 1
         self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
         thresholds = exits.threshold
         self._thresholds = (
@@ -252,7 +252,7 @@ class ExitRule:
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
         seats = to_device(tokens.seats, torch.int64, self._device)
-        normed = self._head.normed(states.hidden)
+        normed = self._head.normed_at(self._exit_layers[depth], states.hidden)
         scores, ids, outside = self._scores(depth, normed, seats)
         kind = self._exits.confidence
         found = summarise(scores, mean_log=kind == "entropy")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +20,11 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
 from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import FittedExitsError
+from eevp_batch.fitted_config import FITTED_FORMAT, FITTED_MANIFEST, read_manifest
 
-FORMAT = 1
-MANIFEST, WEIGHTS = "fitted.json", "fitted.safetensors"
-Kind = Literal["generated", "prompt"]
+MANIFEST, WEIGHTS = FITTED_MANIFEST, "fitted.safetensors"
 
 
 def unit_state(hidden: torch.Tensor, eps: float) -> torch.Tensor:
@@ -94,7 +94,7 @@ class FittedExits:
         weights = format_safetensors({k: v.contiguous() for k, v in self._tensors().items()})
         (folder / WEIGHTS).write_bytes(weights)
         manifest = {
-            "format": FORMAT,
+            "format": FITTED_FORMAT,
             "model_hash": self.model_hash,
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -144,23 +144,6 @@ class FittedExits:
         if self.proposal is not None:
             out |= {"proposal.left": self.proposal.left, "proposal.right": self.proposal.right}
         return out
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `fit` wrote.
-
-    Raises:
-        FittedExitsError: it cannot be read, or is of another format.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FittedExitsError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise FittedExitsError(f"{path}: format: found {found!r}; allowed: {FORMAT}")
-    return manifest
 
 
 _OWN_FIELDS = (

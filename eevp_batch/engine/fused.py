@@ -16,58 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
 
 from eevp_batch.engine import native
+from eevp_batch.engine.bridges import BridgeInput, Bridges
 from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
+from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
 
-PACK_ROWS = 64
-"""Rows that weights are laid out for; other numbers run on the same layout."""
 BLOCK_ROWS = 4
 """Rows of one sequence that attention takes at once, so that a key is read once for them."""
-FEWEST_ROWS = 2
-"""A product with a single row is another kernel, whose sums have another order."""
-
-
-class PackedLinear:
-    """x W^T + b with the weight laid out for oneDNN, or as it is where oneDNN has no such product.
-
-    Args:
-        weight: [out, in].
-        bias: [out], or None.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._bias = bias
-        self._packed = pack_weight(weight)
-        self._weight = weight if self._packed is None else None
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[N, in] -> [N, out]; a row's result is the same for every N."""
-        if len(rows) < FEWEST_ROWS:
-            return self(pad(rows, (0, 0, 0, FEWEST_ROWS - len(rows))))[: len(rows)]
-        if self._packed is None:
-            return linear(rows, self._weight, self._bias)  # type: ignore[arg-type]
-        out: torch.Tensor = _linear(rows, self._packed, self._bias, "none", [], "")
-        return out
-
-
-_linear = torch.ops.mkldnn._linear_pointwise.default
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight [out, in] in oneDNN's own layout; None where there is none for it here."""
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if weight.device.type != "cpu" or not has_onednn:
-        return None
-    if weight.dtype == torch.bfloat16:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return None
-    elif weight.dtype != torch.float32:
-        return None
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
-    return packed
 
 
 class FusedLayer:
@@ -124,6 +81,9 @@ class FusedLayers:
 
     Args:
         model: a `...ForCausalLM` for which `can_fuse` has no objection.
+
+    Attributes:
+        bridges: what gives skipped layers their keys/values; None: those layers' projections.
     """
 
     hidden_dtype = torch.float32
@@ -148,6 +108,7 @@ class FusedLayers:
         self._final_norm: torch.Tensor = model.model.norm.weight.float()
         self._head = PackedLinear(weight)
         self._scratch: dict[str, torch.Tensor] = {}
+        self.bridges: Bridges | None = None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """States [N, E] float32 that ids [N] enter with."""
@@ -178,6 +139,15 @@ class FusedLayers:
         if delta is not None:
             self._kernels.eevp_add(hidden.data_ptr(), delta.data_ptr(), hidden.numel())
         return hidden, before
+
+    def kv_of(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What layer `index` (0-based) makes of states [N, E] before it: keys and values.
+
+        Returns:
+            [N, 2 * num_kv_heads * D], before key norm and rotary.
+        """
+        layer = self._layers[index]
+        return layer.kv(self._norm(hidden.contiguous(), None, layer.input_norm, "waiting"))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, [B, E] float32 -> [B, E] in the weights' type."""
@@ -321,10 +291,15 @@ class _Waiting:
         self._layers = layers
         self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
         self._attention = _Attention(layers, pool, tokens.project_positions, tokens.project_slots)
+        self._inputs: list[BridgeInput] | None = None
+        if layers.bridges is not None:
+            self._inputs = layers.bridges.read(self._hidden, tokens.origins)
 
     def project(self, index: int) -> None:
-        """Write their keys/values of layer `index` (CALM, section 3.4)."""
+        """Write their keys/values of layer `index`: from a bridge, or as CALM, section 3.4."""
         layers = self._layers
-        layer = layers._layers[index]
-        normed = layers._norm(self._hidden, None, layer.input_norm, "waiting")
-        layers._call(index, layer.kv(normed), self._attention)
+        if layers.bridges is not None and self._inputs is not None:
+            projected = layers.bridges.keys_values(index, self._inputs)
+        else:
+            projected = layers.kv_of(index, self._hidden)
+        layers._call(index, projected, self._attention)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,13 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.proposals import make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.engine.tokenizer import load_tokenizer
-from eevp_batch.errors import ModelError
+from eevp_batch.errors import FittedExitsError, ModelError
 from eevp_batch.model_config import (
     ModelConfig,
     prompt_room,
@@ -111,6 +115,7 @@ def build_engine(
     exit: ExitSpec,
     sampling: SamplingSpec,
     engine: EngineSpec,
+    fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
 ) -> Engine:
     """An engine around a loaded model.
@@ -121,17 +126,27 @@ def build_engine(
         exit: exits; layers are resolved against the model.
         sampling: sampling.
         engine: batch and memory.
+        fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
+    if fitted is None and exit.mode == "on" and exit.heads is not None:
+        fitted = FittedExits.load(Path(exit.heads))
     config = weights.config
     exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
     prune_layer = resolve_prune_layer(exit, exit_layers)
-    proposal = make_proposal(weights, exit.vocab, prune_layer)  # before the model is cut
+    factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
+    # Before the model is cut.
+    proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
     model = SegmentedModel(weights, exit_layers, kernel)
+    short_prompt = None
+    if fitted is not None:
+        model.use(_checked(fitted, exit, exit_layers))
+        if exit.prefill == "bridge":
+            short_prompt = ShortPrompt(exit_layers[0], fitted.tail)
     return Engine(
         model=model,
         tokenizer=tokenizer,
@@ -141,7 +156,34 @@ def build_engine(
         end_ids=end_ids(weights, tokenizer),
         limits=resolve_limits(engine, model, config.max_position_embeddings),
         proposal=proposal,
+        short_prompt=short_prompt,
     )
+
+
+def _checked(fitted: FittedExits, exit: ExitSpec, exit_layers: list[int]) -> FittedExits:
+    """The fitted exits as this job may use them: no bridges under another KV policy.
+
+    Raises:
+        FittedExitsError: there are none for one of the exit layers.
+    """
+    early = tuple(exit_layers[:-1])
+    if early != fitted.exit_layers:
+        raise FittedExitsError(
+            f"exit.layers: found {list(early)}; allowed: {list(fitted.exit_layers)}, what "
+            "exit.heads was fitted for"
+        )
+    if exit.kv != "bridge":
+        return replace(fitted, bridges={})
+    needed: list[tuple[Kind, int]] = [("generated", layer) for layer in early]
+    if exit.prefill == "bridge":
+        needed.append(("prompt", early[0]))
+    for kind, layer in needed:
+        if (kind, layer) not in fitted.bridges:
+            raise FittedExitsError(
+                f"exit.heads: found no bridge for {kind} tokens at layer {layer}; allowed: a "
+                "folder with one, for exit.kv or exit.prefill is bridge"
+            )
+    return fitted
 
 
 def end_ids(weights: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.attention import ATTENTION_NAME, Kernel
+from eevp_batch.engine.bridges import BridgeInput, Bridges
 from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kernel_choice import choose_kernel
 from eevp_batch.engine.kv_cache import KvLayout, KvPool
@@ -29,6 +30,9 @@ class ModuleLayers:
     Args:
         model: a `...ForCausalLM`; its attention implementation is set to this package's.
         kernel: what attends; None: what suits the model and its device.
+
+    Attributes:
+        bridges: what gives skipped layers their keys/values; None: those layers' projections.
     """
 
     row_multiple = ROW_MULTIPLE
@@ -40,14 +44,14 @@ class ModuleLayers:
         self._norm: nn.Module = model.model.norm
         self._rotary: nn.Module = model.model.rotary_emb
         self._head: nn.Linear = model.lm_head
-        self._num_kv_heads: int = model.config.num_key_value_heads
+        self.bridges: Bridges | None = None
         self.hidden_dtype: torch.dtype = model.lm_head.weight.dtype
         self.kernel = kernel or choose_kernel(
             AttentionShape(
                 device=model.lm_head.weight.device,
                 dtype=self.hidden_dtype,
                 num_heads=model.config.num_attention_heads,
-                num_kv_heads=self._num_kv_heads,
+                num_kv_heads=model.config.num_key_value_heads,
                 head_size=self._layers[0].self_attn.head_dim,
             )
         )
@@ -69,45 +73,41 @@ class ModuleLayers:
         """
         rotary = self._angles(tokens.positions, hidden)
         layout = self.kernel.layout(tokens, pool)
-        skipped = None
-        if len(tokens.project_slots):
-            skipped = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
-            skipped_rotary = self._angles(tokens.project_positions, skipped)
+        waiting = _Waiting(self, tokens, pool) if len(tokens.project_slots) else None
         before = hidden
         for index in indices:
-            if skipped is not None:
-                key, value = self.project(index, skipped, skipped_rotary)
-                pool.write(index, tokens.project_slots, key, value)
+            if waiting is not None:
+                waiting.project(index)
             before = hidden
             hidden = self._layers[index](before[None], position_embeddings=rotary, layout=layout)[0]
         return hidden, before.index_select(0, tokens.scored_rows)
 
-    def project(
-        self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that layer `index` would give to states that skipped it.
+    def kv_of(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What layer `index` (0-based) makes of states [N, E] before it: keys and values.
 
-        The state that a token left with is taken for the state before the layer (CALM, section
-        3.4; the paper's `propagate`): the layer's own norm and projections, then rotary.
+        Returns:
+            [N, 2 * num_kv_heads * D], before key norm and rotary.
+        """
+        layer = self._layers[index]
+        normed = layer.input_layernorm(hidden)
+        return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], dim=-1)
+
+    def turned(
+        self, index: int, keys: torch.Tensor, rotary: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Keys as they are kept: normed where the family does that, then rotated.
 
         Args:
             index: 0-based layer.
-            hidden: [W, E].
+            keys: [W, num_kv_heads, D].
             rotary: cosines and sines [1, W, D].
-
-        Returns:
-            Keys and values [W, num_kv_heads, D].
         """
-        layer = self._layers[index]
-        attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
-        shape = (len(hidden), self._num_kv_heads, -1)
-        key = attention.k_proj(normed).view(shape)
+        attention = self._layers[index].self_attn
         if hasattr(attention, "k_norm"):
-            key = attention.k_norm(key)
-        key = key.transpose(0, 1)[None]  # [1, num_kv_heads, W, D]
-        _, key = apply_rotary_pos_emb(key, key, *rotary)
-        return key[0].transpose(0, 1), attention.v_proj(normed).view(shape)
+            keys = attention.k_norm(keys)
+        by_head = keys.transpose(0, 1)[None]  # [1, num_kv_heads, W, D]
+        turned: torch.Tensor = apply_rotary_pos_emb(by_head, by_head, *rotary)[1]
+        return turned[0].transpose(0, 1)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""
@@ -125,3 +125,26 @@ class ModuleLayers:
         """Cosines and sines [1, N, D] at positions [N], in the type of `like`."""
         out: tuple[torch.Tensor, ...] = self._rotary(like[None], position_ids=positions[None])
         return out
+
+
+class _Waiting:
+    """The tokens of a pack that are only projected: their states, read once for all layers."""
+
+    def __init__(self, layers: ModuleLayers, tokens: PackedTokens, pool: KvPool) -> None:
+        self._layers, self._pool, self._slots = layers, pool, tokens.project_slots
+        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
+        self._rotary = layers._angles(tokens.project_positions, self._hidden)
+        self._inputs: list[BridgeInput] | None = None
+        if layers.bridges is not None:
+            self._inputs = layers.bridges.read(self._hidden, tokens.origins)
+
+    def project(self, index: int) -> None:
+        """Write their keys/values of layer `index`: from a bridge, or as CALM, section 3.4."""
+        layers = self._layers
+        if layers.bridges is not None and self._inputs is not None:
+            projected = layers.bridges.keys_values(index, self._inputs)
+        else:
+            projected = layers.kv_of(index, self._hidden)
+        keys, values = projected.view(len(projected), 2, self._pool.num_kv_heads, -1).unbind(1)
+        keys = layers.turned(index, keys, self._rotary)
+        self._pool.write(index, self._slots, keys, values)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.sequence import Sequence, Waiting
+from eevp_batch.engine.sequence import Origin, Sequence, Waiting
 from eevp_batch.engine.upload import columns_to_device
 
 
@@ -63,8 +63,9 @@ class PackedTokens:
         slots: [N] pool slot of each row.
         scored: positions whose states are asked for, by sequence; S in all.
         scored_rows: [S] their rows, in the same order.
-        project_positions: [W] positions of the tokens that are only projected.
+        project_positions: [W] positions of the tokens that are only projected, by origin.
         project_slots: [W] their slots.
+        origins: which of the W have which origin; these cover all of them, in order.
         spans: the rows of each sequence; those with a single row come first.
         num_tokens: rows that are real.
         lookup: what a paged kernel made of the spans, where somebody has asked for it already.
@@ -77,6 +78,7 @@ class PackedTokens:
     scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
+    origins: list[tuple[Origin, slice]]
     spans: list[Span]
     num_tokens: int
     lookup: Lookup | None = None
@@ -118,8 +120,7 @@ class _Rows:
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
-        self._project_positions: list[int] = []
-        self._project_slots: list[int] = []
+        self._project: dict[Origin, tuple[list[int], list[int]]] = {}  # positions and slots
         self._spans: list[Span] = []
 
     def add(self, sequence: Sequence, waiting: Waiting) -> range:
@@ -128,9 +129,10 @@ class _Rows:
         self._positions += run
         self._slots += _slots(sequence.pages, run, self._page_size)
         self._token_ids += [sequence.token_ids[position] for position in run]
-        if waiting.project:
-            self._project_positions += waiting.project
-            self._project_slots += _slots(sequence.pages, waiting.project, self._page_size)
+        for origin, positions in waiting.project.items():
+            columns = self._project.setdefault(origin, ([], []))
+            columns[0].extend(positions)
+            columns[1].extend(_slots(sequence.pages, positions, self._page_size))
         stop = len(self._positions)
         pages = sequence.pages[: run[-1] // self._page_size + 1]
         is_fresh = len(run) == run[-1] + 1
@@ -139,24 +141,32 @@ class _Rows:
 
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
+        project_positions: list[int] = []
+        project_slots: list[int] = []
+        origins = []
+        for origin, (positions, slots) in self._project.items():
+            start = len(project_slots)
+            project_positions += self._padded(positions)
+            project_slots += self._padded(slots)
+            origins.append((origin, slice(start, len(project_slots))))
         columns = [
             self._padded(self._token_ids if depth == 0 else []),
             self._padded(self._positions),
             self._padded(self._slots),
             [*chain(*scored_rows)],
-            self._padded(self._project_positions),
-            self._padded(self._project_slots),
+            project_positions,
+            project_slots,
         ]
         sent = columns_to_device(columns, self._device)
-        token_ids, positions, slots, rows, project_positions, project_slots = sent
         return PackedTokens(
-            token_ids=token_ids if depth == 0 else None,
-            positions=positions,
-            slots=slots,
+            token_ids=sent[0] if depth == 0 else None,
+            positions=sent[1],
+            slots=sent[2],
             scored=scored,
-            scored_rows=rows,
-            project_positions=project_positions,
-            project_slots=project_slots,
+            scored_rows=sent[3],
+            project_positions=sent[4],
+            project_slots=sent[5],
+            origins=origins,
             spans=self._spans,
             num_tokens=len(self._positions),
         )

@@ -23,7 +23,7 @@ WORTHWHILE_TOKENS = 64
 """Tokens that a new prefix has to save at least: a run of its own costs about as much as these."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # arrays do not compare to one truth value
 class Prefix:
     """Tokens whose keys/values are held at every depth.
 
@@ -63,17 +63,18 @@ class Prefixes:
 
     def best(self, sequence: Sequence) -> tuple[list[int], int]:
         """Pages and number of leading tokens that the sequence can share; the front token never."""
-        prefix, length = self._best(_ids(sequence))
+        prefix, length = self._best(sequence)
         if prefix is None:
             return [], 0
         self._clock += 1
         prefix.last_used = self._clock
         return prefix.pages, length
 
-    def _best(self, ids: numpy.ndarray) -> tuple[Prefix | None, int]:
+    def _best(self, sequence: Sequence) -> tuple[Prefix | None, int]:
+        ids = _ids(sequence)
         prefix, length = None, 0
         for kept in self._kept:
-            common = min(num_common(kept.token_ids, ids), len(ids) - 1)
+            common = min(num_common(kept.token_ids, ids), sequence.max_shared)
             if common > length:
                 prefix, length = kept, common
         return prefix, length
@@ -90,11 +91,11 @@ class Prefixes:
             0 when nothing saves `WORTHWHILE_TOKENS` over what is kept already.
         """
         ids = _ids(sequence)
-        have = self._best(ids)[1]
+        have, most = self._best(sequence)[1], sequence.max_shared
         # Rows that share much stand side by side, so the neighbour tells whether to look further.
-        if not waiting or min(num_common(ids, _ids(waiting[0])), len(ids) - 1) <= have:
+        if not waiting or min(num_common(ids, _ids(waiting[0])), most) <= have:
             return 0
-        common = [min(num_common(ids, _ids(other)), len(ids) - 1) for other in waiting]
+        common = [min(num_common(ids, _ids(other)), most) for other in waiting]
         common.sort(reverse=True)
         saved = [(length - have) * (rank + 1) for rank, length in enumerate(common)]
         best = max(range(len(saved)), key=saved.__getitem__, default=-1)

@@ -7,13 +7,15 @@ are scored with the head itself. Knows the head and hidden states, nothing of ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from eevp_batch.engine.invariance import ROW_MULTIPLE, fewest_rows
+from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import VocabSpec
 
@@ -68,7 +70,7 @@ class Int8Proposal:
         return scores.mul_(scales.to(self._dtype))[: len(normed)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LowRankProposal:
     """The head as a product of two thin matrices, W ~ left @ right.
 
@@ -82,8 +84,12 @@ class LowRankProposal:
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in the factors' type."""
-        padded = _filled_up(normed, fewest_rows(self.right.numel()))
-        return linear(linear(padded, self.right), self.left)[: len(normed)]
+        left, right = self._products
+        return left(right(normed))
+
+    @cached_property
+    def _products(self) -> tuple[PackedLinear, PackedLinear]:
+        return PackedLinear(self.left), PackedLinear(self.right)
 
 
 def _filled_up(states: torch.Tensor, least: int) -> torch.Tensor:
@@ -152,7 +158,10 @@ def state_moment(model: PreTrainedModel, layer: int) -> torch.Tensor:
 
 
 def make_proposal(
-    model: PreTrainedModel, vocab: VocabSpec, prune_layer: int | None
+    model: PreTrainedModel,
+    vocab: VocabSpec,
+    prune_layer: int | None,
+    fitted: LowRankProposal | None = None,
 ) -> Proposal | None:
     """The proposal that a job asks for; None where the head itself proposes.
 
@@ -160,6 +169,7 @@ def make_proposal(
         model: a `...ForCausalLM` that is not cut into segments yet.
         vocab: kind and rank.
         prune_layer: the exit layer that cuts the vocabulary; None where nothing is cut.
+        fitted: what `fit` made for this model and layer, taken where a `low_rank` one is asked for.
 
     Raises:
         UsageError: the rank exceeds the model's width, or the device cannot do it.
@@ -169,6 +179,8 @@ def make_proposal(
     weight = model.lm_head.weight.detach()
     if vocab.proposal == "int8":
         return Int8Proposal(weight)
+    if fitted is not None and vocab.rank in (None, len(fitted.right)):
+        return LowRankProposal(fitted.left.to(weight), fitted.right.to(weight))
     width = weight.shape[1]
     rank = min(DEFAULT_RANK, width) if vocab.rank is None else vocab.rank
     if rank > width:

@@ -16,7 +16,7 @@ from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import Sequence
+from eevp_batch.engine.sequence import Sequence, ShortPrompt
 from eevp_batch.engine.stats import EngineStats
 from eevp_batch.errors import PromptTooLongError
 from eevp_batch.records import Prompt
@@ -43,6 +43,7 @@ class Residents:
         limits: what fits.
         max_new_tokens: most tokens of a generation.
         watch: called for each sequence that gets a seat.
+        short_prompt: how much of a prompt runs no further than the first exit; None: nothing.
 
     Attributes:
         arrivals: who waits for memory, in order.
@@ -58,9 +59,11 @@ class Residents:
         limits: Limits,
         max_new_tokens: int,
         watch: Watch,
+        short_prompt: ShortPrompt | None = None,
     ) -> None:
         self._model, self._queues, self._stats, self._watch = model, queues, stats, watch
         self._shares_prefixes, self._max_new_tokens = limits.shares_prefixes, max_new_tokens
+        self._short_prompt = short_prompt
         self.pool = model.make_pool(limits.num_pages, limits.max_resident, limits.max_pages)
         self.prefixes = Prefixes(self.pool)
         self.arrivals: deque[Sequence] = deque()
@@ -152,12 +155,15 @@ class Residents:
 
     def _make_prefix(self, sequence: Sequence, length: int) -> None:
         """Compute the first `length` tokens of a prompt at every depth and keep them."""
-        token_ids = sequence.token_ids[:length]
         if not length or not self.prefixes.has_room:
             return
-        prefix = Sequence(Prompt("", token_ids), self._model.num_segments, 1, 0)
+        # Where prompts are cut short a prompt's last token still runs, so there is one more of it.
+        num_run = length + 1 if self._short_prompt else length
+        prompt = Prompt("", sequence.token_ids[:num_run])
+        short = self._short_prompt and self._short_prompt._replace(tail=1)
+        prefix = Sequence(prompt, self._model.num_segments, 1, 0, short_prompt=short)
         shared, num_shared = self.prefixes.best(prefix)
-        if not self.pool.can_admit(length, num_shared):
+        if not self.pool.can_admit(num_run, num_shared):
             return
         self.pool.seat_prefix(prefix, shared, num_shared)
         for depth in range(self._model.num_segments):
@@ -165,7 +171,9 @@ class Residents:
             self._model.run_segment(depth, tokens, self.pool)
             prefix.mark_filled(depth)
             self._stats.packed_tokens += tokens.num_tokens
-        self.prefixes.keep(token_ids, self.pool.unseat_prefix(prefix))
+        pages, num_kept = self.pool.unseat_prefix(prefix), self.pool.pages_for(length)
+        self.pool.drop(pages[num_kept:])
+        self.prefixes.keep(sequence.token_ids[:length], pages[:num_kept])
 
     def _restart(self, sequence: Sequence) -> None:
         """Send a resident sequence back to its prompt and to the head of the arrivals."""

@@ -16,11 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.bridges import Bridges
+from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.fused import FusedLayers, can_fuse
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.module_layers import ModuleLayers
+from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
-from eevp_batch.errors import ModelError
+from eevp_batch.errors import FittedExitsError, ModelError
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +80,16 @@ class SegmentedModel:
         self.num_layers: int = config.num_hidden_layers
         self.exit_layers = self._checked(exit_layers)
         self.config = config
+        self._eps: float = config.rms_norm_eps
+        self._heads: dict[int, PackedLinear] = {}
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_size: int = model.model.layers[0].self_attn.head_dim
         self.hidden_size: int = config.hidden_size
         self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
         self.vocab_size: int = self.head_weight.shape[0]
+        self.norm_weight: torch.Tensor = model.model.norm.weight.detach()  # [E]
+        self.norm_eps: float = config.rms_norm_eps
         objection = can_fuse(model) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
@@ -173,8 +180,42 @@ class SegmentedModel:
             pool.hidden.index_copy_(0, tokens.slots[real], hidden[real])
         return SegmentOutput(hidden.index_select(0, tokens.scored_rows), before)
 
+    def use(self, fitted: FittedExits) -> None:
+        """Let states go through fitted heads, and skipped layers get keys/values from bridges.
+
+        Raises:
+            FittedExitsError: they belong to a model of another shape.
+        """
+        found = (fitted.num_layers, fitted.hidden_size)
+        if found != (self.num_layers, self.hidden_size):
+            raise FittedExitsError(
+                f"exit.heads: found exits of a model with {found[0]} layers of width {found[1]}; "
+                f"allowed: {self.num_layers} layers of width {self.hidden_size}"
+            )
+        eye = torch.eye(self.hidden_size)
+        self._heads = {
+            layer: PackedLinear(
+                (head.weight.float().cpu() + eye).to(self.device, self.dtype),
+                head.bias.to(self.device, self.dtype),
+            )
+            for layer, head in fitted.heads.items()
+        }
+        if fitted.bridges:
+            self.layers.bridges = Bridges(fitted, self.dtype, self.device, self._eps)
+
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""
+        """The final norm, [B, E] -> [B, E] in the model's type."""
+        return self.layers.normed(hidden)
+
+    def normed_at(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the LM head reads at an exit, [B, E] -> [B, E]: the final norm of the state.
+
+        Where a head is fitted, of u + A u + b, with u the unit state (tuned lens, arXiv
+        2303.08112, section 3, on states of one scale).
+        """
+        head = self._heads.get(exit_layer)
+        if head is not None:
+            hidden = head(unit_state(hidden, self._eps).to(self.dtype)).to(hidden.dtype)
         return self.layers.normed(hidden)
 
     def scores(self, normed: torch.Tensor) -> torch.Tensor:

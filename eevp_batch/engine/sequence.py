@@ -7,10 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from eevp_batch.records import Prompt, TokenExit
 from eevp_batch.spec import KvPolicy
+
+Kind = Literal["prompt", "generated"]
+
+
+class Origin(NamedTuple):
+    """Where a token stopped: what a bridge is fitted for.
+
+    Attributes:
+        kind: whether it is the prompt's or was generated.
+        exit_layer: the last layer that it ran.
+    """
+
+    kind: Kind
+    exit_layer: int
+
+
+class ShortPrompt(NamedTuple):
+    """How a prompt enters under `exit.prefill: bridge`.
+
+    Attributes:
+        exit_layer: the first exit layer, the last layer that most of the prompt runs.
+        tail: tokens at its end, at least one, that run through all layers.
+    """
+
+    exit_layer: int
+    tail: int
 
 
 class Waiting(NamedTuple):
@@ -18,14 +44,19 @@ class Waiting(NamedTuple):
 
     Attributes:
         run: positions that go through the segment's layers; the last one is the front token.
-        project: positions whose keys/values are projected from the state they left with.
+        project: positions whose keys/values come from the state they stopped with, by origin.
         scored: the positions of `run`, always its end, whose scores are asked for after the
             segment: the front token, under `verify` after the last layer also the drafts before it.
     """
 
     run: list[int]
-    project: range
+    project: dict[Origin, list[int]]
     scored: range
+
+    @property
+    def num_projected(self) -> int:
+        """Positions that do not run."""
+        return sum(map(len, self.project.values()))
 
 
 class Settled(NamedTuple):
@@ -61,6 +92,7 @@ class Sequence:
         seed: 64-bit seed of this generation.
         kv: the KV policy.
         max_waiting: under `recompute` and `verify`, tokens that may wait for the last segment.
+        short_prompt: how much of the prompt runs no further than the first exit; None: nothing.
     """
 
     def __init__(
@@ -71,6 +103,7 @@ class Sequence:
         seed: int,
         kv: KvPolicy = "propagate",
         max_waiting: int = 1,
+        short_prompt: ShortPrompt | None = None,
     ) -> None:
         self.prompt = prompt
         self.seed = seed
@@ -78,6 +111,7 @@ class Sequence:
         self._reruns_waiting = kv in ("recompute", "verify")
         self._verifies = kv == "verify"
         self._max_waiting = max_waiting
+        self._short_prompt = short_prompt
         self.token_ids = list(prompt.token_ids)
         self.exits: list[TokenExit] = []
         self.filled = [0] * num_segments
@@ -132,21 +166,40 @@ class Sequence:
     def waiting(self, depth: int) -> Waiting:
         """What must enter segment `depth` now.
 
-        The KV policies differ in this split and nowhere else in what runs. Prompt tokens always
-        run, so that a prompt is held at full depth. A generated token that left before this segment
-        is only projected under `propagate` (CALM, section 3.4); under `recompute` and `verify` it
-        runs, so that its keys/values are those of a full forward.
+        The KV policies differ in this split and nowhere else in what runs. Prompt tokens run, so
+        that a prompt is held at full depth, unless most of it stops at the first exit. A generated
+        token that left before this segment is only projected under `propagate` (CALM, section 3.4)
+        and `bridge`; under `recompute` and `verify` it runs, so that its keys/values are those of a
+        full forward.
         """
         first, front = self.filled[depth], self.front
-        first_projected = front
+        first_run = max(first, self.num_short) if depth else first
+        first_left = front
         if not self._reruns_waiting:
-            first_projected = min(max(first, self.num_prompt), front)
+            first_left = min(max(first, self.num_prompt), front)
+        project: dict[Origin, list[int]] = {}
+        if self._short_prompt and first < first_run:
+            origin = Origin("prompt", self._short_prompt.exit_layer)
+            project[origin] = [*range(first, first_run)]
+        for position in range(first_left, front):
+            exit = self.exits[self.step_of(position)]
+            project.setdefault(Origin("generated", exit.exit_layer), []).append(position)
         judges = self._verifies and depth == len(self.filled) - 1
         return Waiting(
-            run=[*range(first, first_projected), front],
-            project=range(first_projected, front),
+            run=[*range(first_run, first_left), front],
+            project=project,
             scored=range(self._first_unseen if judges else front, front + 1),
         )
+
+    @property
+    def num_short(self) -> int:
+        """Leading prompt tokens that run no further than the first exit."""
+        return max(0, self.num_prompt - self._short_prompt.tail) if self._short_prompt else 0
+
+    @property
+    def max_shared(self) -> int:
+        """Most leading tokens that may come from a prefix: what is the same for every prompt."""
+        return self.num_short if self._short_prompt else self.num_prompt - 1
 
     def step_of(self, position: int) -> int:
         """Number, from 0 on, of the generated token that follows the token at `position`."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from eevp_batch.fitted_config import heads_hash
 from eevp_batch.model_config import ModelConfig, resolve_exit_layers, resolve_prune_layer
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.scan import InputFile
@@ -39,6 +40,7 @@ def fingerprint_fields(
         "model.content_hash": model.content_hash,
         "model.dtype": spec.model.dtype,
         **_flat("exit", spec.exit.model_dump(mode="json")),
+        "exit.heads": heads_hash(spec.exit),
         "exit.layers": exit_layers,
         "exit.vocab.prune_layer": resolve_prune_layer(spec.exit, exit_layers),
         **_flat("sampling", spec.sampling.model_dump(mode="json")),

@@ -3,10 +3,11 @@
     python -m tests.bench.gpu --out gpu.json
     python -m tests.bench.gpu --device cpu --shape tiny --batches 1 4    # does the script run
 
-Random weights cannot be confident, so a trace (see `trace.py`) says who leaves at `--exit-layer`;
-under `verify` the last layer then takes most drafts back, which its acceptance column shows. Beside
-it stand `transformers` continuous batching on the same model and prompts, and the floor of reading
-all weights and keys/values once per step at the rate at which this device copies memory.
+Random weights cannot be confident, so a trace (see `trace.py`) says who leaves at `--exit-layer`,
+and under `verify` also which drafts stand. Every system generates for the same rows, twice as many
+as a batch holds, and every token is paid as if it were meant. Beside them stands the floor of a
+full-depth step: reading all weights and keys/values once, at the rate at which this device copies
+memory. Exits read less, so that they may pass it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
+from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
@@ -45,8 +49,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 512,
     },
 }
-RIVAL = "transformers-continuous"
+CONTINUOUS, STATIC = "transformers-continuous", "transformers-static"
 POLICIES = ("off", "propagate", "recompute", "verify")
+ROWS_PER_BATCH = 2
+LARGEST_PAGE = 256
+"""Tokens of a page of keys/values at most, whatever kernel attention takes."""
+FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
+"""How a rival's other version, or too little memory, shows."""
+CPU_WARNING = "These are figures of a CPU: they say that the script runs, and nothing of a GPU."
+
+_log = logging.getLogger(__name__)
+Figures = dict[str, Any]
 
 
 class NoText:
@@ -94,62 +107,126 @@ def make_prompts(chosen: argparse.Namespace, batch: int) -> list[list[int]]:
     vocab = SHAPES[chosen.shape]["vocab_size"]
     return [
         [(7 * row + 3 * i * i + 11) % vocab for i in range(chosen.prompt_tokens)]
-        for row in range(batch)
+        for row in range(ROWS_PER_BATCH * batch)
     ]
 
 
-def ours(
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config = model.config
+    head_size = config.hidden_size // config.num_attention_heads
+    size: int = model.lm_head.weight.element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * size
+
+
+def make_engine(
     model: PreTrainedModel, chosen: argparse.Namespace, batch: int, policy: str
-) -> dict[str, Any]:
-    """This engine under a KV policy, or at full depth."""
+) -> Engine:
+    """This engine under a KV policy, or at full depth, with room for all rows."""
     exits = ExitSpec(mode="off")
     if policy != "off":
         exits = ExitSpec(layers=[chosen.exit_layer], kv=policy)  # type: ignore[arg-type]
-    tokens = batch * (chosen.prompt_tokens + chosen.new_tokens + 32)
-    config = model.config
-    head_size = config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 4
-    engine = build_engine(
-        model,
-        NoText(),
-        exits,
-        SamplingSpec(max_new_tokens=chosen.new_tokens),
-        EngineSpec(max_batch=batch, max_resident=batch, kv_memory=2 * tokens * per_token),
-    )
-    force(engine, chosen.fraction)
+    row_tokens = chosen.prompt_tokens + chosen.new_tokens + LARGEST_PAGE
+    token_bytes = kv_bytes(model) + 4 * model.config.hidden_size  # and its hidden state
+    memory = (ROWS_PER_BATCH * batch + 1) * row_tokens * token_bytes
+    limits = EngineSpec(max_batch=batch, kv_memory=memory)
+    sampling = SamplingSpec(max_new_tokens=chosen.new_tokens)
+    engine = build_engine(model, NoText(), exits, sampling, limits)
+    force(engine, chosen.fraction, acceptance=chosen.acceptance)
+    return engine
+
+
+def ours(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, policy: str) -> Figures:
+    """This engine under a KV policy, or at full depth."""
+    engine = make_engine(model, chosen, batch, policy)
+    prompts = make_prompts(chosen, batch)
 
     def run() -> int:
-        rows = enumerate(make_prompts(chosen, batch))
-        found = list(engine.generate(Prompt(i, ids) for i, ids in rows))
+        found = list(engine.generate(Prompt(i, ids) for i, ids in enumerate(prompts)))
         if not all(isinstance(result, Generation) for result in found):
             raise SystemExit(f"a row failed: {found}")
-        return batch * chosen.new_tokens
+        return sum(result.generated_tokens for result in found if isinstance(result, Generation))
 
     figures = timed(run, chosen)
+    histogram = engine.stats.exit_histogram
+    layers = sum(layer * count for layer, count in histogram.items())
+    figures["mean_exit_layer"] = layers / histogram.total()
     judged = engine.stats.accepted_drafts.total() + engine.stats.rejected_drafts.total()
     if judged:
         figures["accepted"] = engine.stats.accepted_drafts.total() / judged
     return figures
 
 
-def continuous(
-    model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _: str
-) -> dict[str, Any]:
-    """`transformers` continuous batching."""
-    model.config._attn_implementation = "sdpa"
-    settings = GenerationConfig(
-        max_new_tokens=chosen.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+def settings_of(num_tokens: int) -> GenerationConfig:
+    """Greedy, always to the last of the new tokens."""
+    return GenerationConfig(
+        max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
+
+
+def continuous(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _: str) -> Figures:
+    """`transformers` continuous batching; its static batches where it fails, and why.
+
+    Every call of it starts and ends a thread; what that takes shows in a call for one token.
+    """
+    model.config._attn_implementation = "sdpa"
+    prompts = make_prompts(chosen, batch)
+    options: dict[str, Any] = {"progress_bar": False, "persistent_manager": True}
+
+    def run(rows: list[list[int]] = prompts, num_tokens: int = chosen.new_tokens) -> int:
+        found = model.generate_batch(rows, generation_config=settings_of(num_tokens), **options)
+        tokens = sum(len(result.generated_tokens) for result in found.values())
+        if tokens != len(rows) * num_tokens:
+            raise RuntimeError(f"{tokens} tokens of {len(rows) * num_tokens}")
+        return tokens
+
+    try:
+        from transformers import ContinuousBatchingConfig
+
+        pages = -(-(chosen.prompt_tokens + chosen.new_tokens) // 256) * len(prompts)
+        small = {"page_size": 256, "num_blocks": 2 * pages, "max_batch_tokens": max(256, 8 * batch)}
+        # Its own choice of pool looks for a GPU's memory, and a graph needs a GPU.
+        small |= {} if chosen.device == "cuda" else {"use_cuda_graph": False}
+        sizes = {} if chosen.device == "cuda" else small
+        options["continuous_batching_config"] = ContinuousBatchingConfig(
+            max_requests_per_batch=batch, **sizes
+        )
+        figures = timed(run, chosen)
+        started = time.perf_counter()
+        run(prompts[:1], 1)
+        return {**figures, "one_token_s": time.perf_counter() - started}
+    except FAILURES as error:  # the run goes on, and the table says why
+        _log.warning("%s failed: %r", CONTINUOUS, error)
+        reason = f"{CONTINUOUS} failed ({type(error).__name__}: {error}); static batches instead"
+        return {**static(model, chosen, batch, _), "ran": STATIC, "reason": reason}
+    finally:
+        forget = getattr(model, "destroy_cached_continuous_batching_manager", None)
+        if forget is not None:
+            forget()
+
+
+def static(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, _: str) -> Figures:
+    """`transformers` static batches; all prompts have the same length, so nothing is padded."""
+    model.config._attn_implementation = "sdpa"
     prompts = make_prompts(chosen, batch)
 
     def run() -> int:
-        found = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
-        return sum(len(result.generated_tokens) for result in found.values())
+        tokens = 0
+        for start in range(0, len(prompts), batch):
+            ids = torch.tensor(prompts[start : start + batch], device=chosen.device)
+            with torch.inference_mode():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=settings_of(chosen.new_tokens),
+                )
+            tokens += out[:, ids.shape[1] :].numel()
+        return tokens
 
     return timed(run, chosen)
 
 
-def timed(run: Any, chosen: argparse.Namespace) -> dict[str, Any]:
+def timed(run: Callable[[], int], chosen: argparse.Namespace) -> Figures:
     """Tokens per second of `--rounds` runs after one that does not count."""
     run()
     rates = []
@@ -163,19 +240,39 @@ def timed(run: Any, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def floor(model: PreTrainedModel, chosen: argparse.Namespace, batch: int, rate: float) -> float:
-    """Tokens per second if a step took only the reading of weights and keys/values."""
-    config = model.config
-    head_size = config.hidden_size // config.num_attention_heads
-    size = model.lm_head.weight.element_size()
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * size
+    """Tokens per second if a full-depth step took only the reading of weights and keys/values."""
     context = chosen.prompt_tokens + chosen.new_tokens / 2
-    embedding = model.model.embed_tokens.weight.nbytes
-    weights = sum(p.nbytes for p in model.parameters()) - embedding
-    return batch * rate / (weights + batch * context * per_token)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        weights -= model.model.embed_tokens.weight.nbytes  # a row per token is read
+    return batch * rate / (weights + batch * context * kv_bytes(model))
 
 
-def main() -> None:
-    """Run, print, keep."""
+def measure(model: PreTrainedModel, chosen: argparse.Namespace, rate: float) -> list[Figures]:
+    """Every system at every batch, printed as they come."""
+    systems = {CONTINUOUS: continuous, STATIC: static} | dict.fromkeys(POLICIES, ours)
+    found = []
+    for batch in chosen.batches:
+        least = floor(model, chosen, batch, rate)
+        for system in chosen.systems:
+            figures = systems[system](model, chosen, batch, system)
+            best = max(figures["tokens_per_s"])
+            found.append({"batch": batch, "system": system, "floor_tokens_per_s": least, **figures})
+            layer = f"{figures['mean_exit_layer']:7.2f}" if "mean_exit_layer" in figures else ""
+            accepted = f"  {figures['accepted']:.1%} accepted" if "accepted" in figures else ""
+            print(
+                f"{batch:5}  {figures.get('ran', system):24}{best:10.1f}{best / least:10.1%}"
+                f"{layer}{accepted}  {figures.get('reason', '')}".rstrip(),
+                flush=True,
+            )
+            gc.collect()
+            if chosen.device == "cuda":
+                torch.cuda.empty_cache()
+    return found
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="llama-3-8b", choices=list(SHAPES))
@@ -184,34 +281,46 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--exit-layer", type=int, help="default: a third of the layers")
     parser.add_argument("--fraction", type=float, default=0.6, help="of tokens that leave there")
-    parser.add_argument("--systems", nargs="+", default=[RIVAL, *POLICIES])
+    parser.add_argument("--acceptance", type=float, default=0.8, help="of drafts under verify")
+    systems = [CONTINUOUS, *POLICIES]
+    parser.add_argument("--systems", nargs="+", default=systems, choices=[*systems, STATIC])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; allowed: cpu, with --shape tiny")
     chosen.exit_layer = chosen.exit_layer or SHAPES[chosen.shape]["num_hidden_layers"] // 3 or 1
-    dtype = torch.bfloat16 if chosen.device == "cuda" else torch.float32
+    return chosen
+
+
+def device_facts(device: str, rate: float) -> dict[str, Any]:
+    """What the figures depend on, beside `machine.setup`."""
+    facts: dict[str, Any] = {"device_name": machine.cpu_model(), "copy_bytes_per_s": rate}
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        memory = round(found.total_memory / 2**30, 1)
+        facts |= {"device_name": found.name, "device_memory_gib": memory}
+        facts["cuda"] = torch.version.cuda
+    else:
+        facts["warning"] = CPU_WARNING
+    return facts
+
+
+def main() -> None:
+    """Run, print, keep."""
+    chosen = options()
     if chosen.device == "cpu":
-        print("These are figures of a CPU; they say that the script runs, and nothing of a GPU.")
+        print(CPU_WARNING)
+    dtype = torch.bfloat16 if chosen.device == "cuda" else torch.float32
     model = build_model(chosen.shape, chosen.device, dtype)
-    rate = copy_rate(chosen.device)
-    name = torch.cuda.get_device_name() if chosen.device == "cuda" else machine.cpu_model()
-    print(f"{name}, copies at {rate / 1e9:.0f} GB/s\nbatch  system        tokens/s   of floor")
-    found = []
-    for batch in chosen.batches:
-        least = floor(model, chosen, batch, rate)
-        for system in chosen.systems:
-            run = continuous if system == RIVAL else ours
-            figures = run(model, chosen, batch, system)
-            best = max(figures["tokens_per_s"])
-            found.append({"batch": batch, "system": system, "floor_tokens_per_s": least, **figures})
-            accepted = f"  accepted {figures['accepted']:.1%}" if "accepted" in figures else ""
-            print(f"{batch:5}  {system:24}{best:10.1f}{best / least:8.1%}{accepted}", flush=True)
-            gc.collect()
-            if chosen.device == "cuda":
-                torch.cuda.empty_cache()
+    facts = device_facts(chosen.device, copy_rate(chosen.device))
+    print(f"{facts['device_name']}, copies at {facts['copy_bytes_per_s'] / 1e9:.0f} GB/s")
+    print(f"{'batch':>5}  {'system':24}{'tokens/s':>10}{'of floor':>10}{'layer':>7}")
+    found = measure(model, chosen, facts["copy_bytes_per_s"])
     if chosen.out:
-        setup = machine.setup() | {"device_name": name, "copy_bytes_per_s": rate} | vars(chosen)
-        Path(chosen.out).write_text(json.dumps({"setup": setup, "runs": found}, indent=1) + "\n")
+        setup = machine.setup() | facts | {**vars(chosen), "out": str(chosen.out)}
+        text = json.dumps({"setup": setup, "runs": found}, indent=1)
+        chosen.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,7 @@ def run_prefix(chosen: argparse.Namespace) -> dict[str, Any]:
     return {
         "systems": {name: figures(system) for name, system in systems.items()},
         "rows": rows,
+        "prefix_tokens": len(prefix),
         "ratios": ratios,
         "ratio": ratio,
         "identical_rows": identical,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
-from eevp_batch.engine.prefixes import WORTHWHILE_TOKENS
+from eevp_batch.engine.prefixes import MAX_PREFIXES, WORTHWHILE_TOKENS
 from eevp_batch.records import Prompt, RowFailure
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
 from tests.engine.conftest import load_model, make_engine, oracle, run
@@ -102,6 +102,23 @@ def test_prefixes_make_room_for_rows(tiny_llama: Path) -> None:
         results += engine.step()
     assert not [result for result in results if isinstance(result, RowFailure)]
     assert len(engine.prefixes) == 0, "it gave way"
+
+
+def test_the_prefix_used_longest_ago_gives_way_to_another(tiny_llama: Path) -> None:
+    groups = [with_header(40, rows=3, seed=seed) for seed in range(MAX_PREFIXES + 2)]
+    groups.insert(MAX_PREFIXES, groups[0])  # once more, so that the second one is the oldest
+    ids = [prompt.token_ids for group in groups for prompt in group]
+    prompts = [Prompt(row, token_ids) for row, token_ids in enumerate(ids)]
+    engine = make_engine(tiny_llama, limits={"max_resident": 3})
+    for prompt in prompts:
+        engine.add(prompt)
+    results = []
+    while not engine.is_idle:
+        results += engine.step()
+    assert engine.stats.shared_tokens >= 40 * len(prompts), "no group was without its prefix"
+    plain = run(make_engine(tiny_llama, limits={"prefix_sharing": False}), prompts)
+    found = {result.row_id: result.token_ids for result in results}
+    assert found == {row: generation.token_ids for (row, _), generation in plain.items()}
 
 
 def test_a_nan_in_a_shared_header_stays_in_its_rows(tiny_llama: Path) -> None:

@@ -7,13 +7,14 @@ from hashlib import blake2b
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eevp_batch.engine.sequence import Sequence, Settled
+from eevp_batch.engine.sequence import Origin, Sequence, Settled, ShortPrompt
 from eevp_batch.records import Prompt, TokenExit
 from eevp_batch.spec import KvPolicy
 
 PROMPT = [7, 8, 9]
 NEW_TOKENS = 12
 END_ID = 0
+LEFT = Origin("generated", 1)
 
 
 def sequence(kv: KvPolicy, num_segments: int = 2, max_waiting: int = 4) -> Sequence:
@@ -38,23 +39,59 @@ def test_a_prompt_runs_whole_through_every_segment() -> None:
         fresh = sequence(kv)
         for depth in (0, 1):
             waiting = fresh.waiting(depth)
-            assert (waiting.run, list(waiting.project)) == ([0, 1, 2], [])
+            assert (waiting.run, waiting.project) == ([0, 1, 2], {})
             assert list(waiting.scored) == [2], "only the end of a prompt is scored"
 
 
 def test_waiting_tokens_are_projected_or_run() -> None:
     expected = {
-        "propagate": ([0, 1, 2, 5], [3, 4], [5]),
-        "recompute": ([0, 1, 2, 3, 4, 5], [], [5]),
-        "verify": ([0, 1, 2, 3, 4, 5], [], [2, 3, 4, 5]),
+        "propagate": ([0, 1, 2, 5], {LEFT: [3, 4]}, [5]),
+        "bridge": ([0, 1, 2, 5], {LEFT: [3, 4]}, [5]),
+        "recompute": ([0, 1, 2, 3, 4, 5], {}, [5]),
+        "verify": ([0, 1, 2, 3, 4, 5], {}, [2, 3, 4, 5]),
     }
     for kv, parts in expected.items():
         found = sequence(kv)  # type: ignore[arg-type]
         for token_id in (11, 12, 13):
             found.leave(0, [token(token_id)])
         found.mark_filled(0)
-        assert tuple(list(part) for part in found.waiting(1)) == parts
+        waiting = found.waiting(1)
+        assert (waiting.run, waiting.project, list(waiting.scored)) == parts
         assert found.num_waiting == 3
+
+
+def test_projected_tokens_are_told_apart_by_where_they_left() -> None:
+    found = Sequence(Prompt("row", PROMPT), 3, NEW_TOKENS, 0, "bridge")
+    for layer, depth in ((1, 0), (2, 1), (1, 0)):
+        for shallower in range(depth):
+            found.mark_filled(shallower)
+        found.leave(depth, [token(11, layer)])
+    found.mark_filled(0)
+    # Position 2, the prompt's last, was run at depth 0; the token after it left after layer 2.
+    assert found.waiting(1).project == {Origin("generated", 1): [4]}
+    assert found.waiting(2).project == {Origin("generated", 2): [3], Origin("generated", 1): [4]}
+
+
+def test_a_short_prompt_runs_deep_only_at_its_end() -> None:
+    short = ShortPrompt(exit_layer=1, tail=2)
+    found = Sequence(Prompt("row", PROMPT), 2, NEW_TOKENS, 0, "bridge", short_prompt=short)
+    assert (found.waiting(0).run, found.waiting(0).project) == ([0, 1, 2], {})
+    found.mark_filled(0)
+    waiting = found.waiting(1)
+    assert (waiting.run, waiting.project) == ([1, 2], {Origin("prompt", 1): [0]})
+    assert found.max_shared == 1, "its end is never shared"
+    found.leave(0, [token(11)])
+    found.leave(0, [token(12)])
+    found.mark_filled(0)
+    waiting = found.waiting(1)
+    assert waiting.run == [1, 2, 4]
+    assert waiting.project == {Origin("prompt", 1): [0], LEFT: [3]}
+
+
+def test_a_prompt_no_longer_than_its_tail_runs_whole() -> None:
+    short = ShortPrompt(exit_layer=1, tail=3)
+    found = Sequence(Prompt("row", PROMPT), 2, NEW_TOKENS, 0, "bridge", short_prompt=short)
+    assert (found.waiting(1).run, found.waiting(1).project) == ([0, 1, 2], {})
 
 
 def test_all_drafts_stand_and_another_token_follows() -> None:

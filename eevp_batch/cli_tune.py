@@ -1,0 +1,98 @@
+"""The commands that make a model worth exiting. Heavy imports are inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from eevp_batch.console import echo_json, json_option, width
+from eevp_batch.errors import UsageError
+
+if TYPE_CHECKING:
+    from eevp_batch.tune.command import Source
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def _source_command(command: _Command) -> _Command:
+    """MODEL, PROMPTS and how many, for a command that looks at a model's own generations."""
+    options = (
+        click.argument("model", metavar="MODEL"),
+        click.argument("prompts", metavar="PROMPTS"),
+        click.option("--column", default="prompt", show_default=True, help="Holds the prompts."),
+        click.option("--rows", default=256, show_default=True, type=click.IntRange(min=4)),
+        click.option(
+            "--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1)
+        ),
+        click.option("--dtype", default="bfloat16", type=click.Choice(list(DTYPES))),
+        click.option(
+            "--target",
+            default=0.99,
+            show_default=True,
+            type=click.FloatRange(0.5, 1.0),
+            help="Share of all tokens that has to stay as at full depth.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_SOURCE = ("model", "prompts", "column", "rows", "max_new_tokens", "dtype")
+
+
+def _split_source(options: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
+    """The source that `_source_command` asked for, and the other options."""
+    from eevp_batch.tune.command import Source
+
+    source = Source(**{name: options.pop(name) for name in _SOURCE})
+    return source, options | {"say": lambda line: click.echo(line, err=True)}
+
+
+@click.command()
+@_source_command
+@click.option("--heads", metavar="DIR", help="Folder of fitted exits; they are looked at too.")
+@click.option("--quick-heads", is_flag=True, help="Fits closed-form heads to half of the rows.")
+@click.option("--plot", metavar="FILE", help="Writes the curves as SVG.")
+@json_option
+def potential(plot: str | None, as_json: bool, **options: Any) -> None:
+    """Say whether exits could pay for a model on some prompts (Parquet), and why."""
+    from eevp_batch.report.potential import potential_chart, render_potential
+    from eevp_batch.tune.command import run_potential
+
+    source, others = _split_source(options)
+    found = run_potential(source, **others)
+    if plot is not None:
+        Path(plot).write_text(potential_chart(found), encoding="utf-8")
+    if as_json:
+        echo_json(found)
+    else:
+        click.echo(render_potential(found, width()))
+
+
+@click.command()
+@_source_command
+@click.argument("folder", metavar="DIR")
+@click.option("--layers", metavar="L,L", default="", help="Exit layers; searched if not given.")
+@click.option("--bridge-rank", type=click.IntRange(min=1), help="Of low-rank bridges.")
+@click.option("--proposal-rank", default=128, show_default=True, type=click.IntRange(min=1))
+@json_option
+def fit(layers: str, as_json: bool, **options: Any) -> None:
+    """Fit exits to what a model itself generates for some prompts (Parquet); DIR gets them."""
+    from eevp_batch.report.fitted import render_fitted
+    from eevp_batch.tune.command import run_fit
+
+    if not all(part.strip().isdigit() for part in layers.split(",") if layers):
+        raise UsageError(f"--layers: found {layers!r}; allowed: numbers with commas between them")
+    numbers = [int(part) for part in layers.split(",") if layers]
+    source, others = _split_source(options)
+    manifest = run_fit(source, layers=numbers, **others)
+    if as_json:
+        echo_json(manifest)
+    else:
+        click.echo(render_fitted(manifest))

@@ -1,0 +1,21 @@
+"""What the commands share: JSON on stdout, and how wide the terminal is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
+
+
+def echo_json(value: dict[str, Any]) -> None:
+    """Print JSON."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def width() -> int:
+    """Columns to write for: the terminal's, at most 120."""
+    return min(shutil.get_terminal_size().columns, 120)

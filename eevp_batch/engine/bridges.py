@@ -1,0 +1,79 @@
+"""Keys and values of skipped layers from fitted maps: the KV policy `bridge`.
+
+Knows states and the maps, nothing of sequences or of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from eevp_batch.engine.fitted import Bridge, FittedExits, unit_state
+from eevp_batch.engine.packed_linear import PackedLinear
+from eevp_batch.engine.sequence import Origin
+
+
+class BridgeInput(NamedTuple):
+    """What the bridges of one origin read.
+
+    Attributes:
+        origin: where the tokens stopped.
+        rows: which of the W tokens they are.
+        states: [rows, E] unit states, or [rows, r] where the bridge is of low rank.
+    """
+
+    origin: Origin
+    rows: slice
+    states: torch.Tensor
+
+
+class Bridges:
+    """The bridges of a model, laid out for its products.
+
+    Args:
+        fitted: exits with bridges.
+        dtype: of the products.
+        device: of the model.
+        eps: of the model's norms.
+    """
+
+    def __init__(
+        self, fitted: FittedExits, dtype: torch.dtype, device: torch.device, eps: float
+    ) -> None:
+        self._dtype, self._eps = dtype, eps
+        self._down: dict[Origin, PackedLinear] = {}
+        self._layers: dict[Origin, dict[int, PackedLinear]] = {}
+        for (kind, exit_layer), bridge in fitted.bridges.items():
+            self._add(Origin(kind, exit_layer), bridge, device)
+
+    def _add(self, origin: Origin, bridge: Bridge, device: torch.device) -> None:
+        if bridge.down is not None:
+            self._down[origin] = PackedLinear(bridge.down.to(device, self._dtype))
+        self._layers[origin] = {
+            layer: PackedLinear(
+                affine.weight.to(device, self._dtype), affine.bias.to(device, self._dtype)
+            )
+            for layer, affine in bridge.layers.items()
+        }
+
+    def read(
+        self, hidden: torch.Tensor, origins: Sequence[tuple[Origin, slice]]
+    ) -> list[BridgeInput]:
+        """What the bridges of all layers need of the states [W, E] of tokens that stopped."""
+        unit = unit_state(hidden, self._eps).to(self._dtype)
+        inputs = []
+        for origin, rows in origins:
+            states, down = unit[rows], self._down.get(origin)
+            inputs.append(BridgeInput(origin, rows, states if down is None else down(states)))
+        return inputs
+
+    def keys_values(self, index: int, inputs: Sequence[BridgeInput]) -> torch.Tensor:
+        """Keys and values of layer `index` (0-based), before key norm and rotary.
+
+        Returns:
+            [W, 2 * num_kv_heads * D].
+        """
+        parts = [self._layers[origin][index + 1](states) for origin, _, states in inputs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

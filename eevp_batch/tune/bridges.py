@@ -1,0 +1,114 @@
+"""Bridges: from the state that a token left with to the keys and values of the layers behind.
+
+Ridge regression from unit states to what each layer's own projections make of the full-depth
+states, for tokens of prompts and generated ones apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eevp_batch.engine.fitted import Bridge
+from eevp_batch.tune.regression import (
+    NormalEquations,
+    Ridge,
+    RidgeFit,
+    affine,
+    fit_ridge,
+    unexplained,
+    variance,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeFit:
+    """A bridge and how good it is.
+
+    Attributes:
+        bridge: for the engine.
+        penalty: regularisation, as a share of the mean variance of the inputs.
+        unexplained: share of the held-out variance that it leaves, by layer.
+        num_tokens: fitted to, and held out.
+    """
+
+    bridge: Bridge
+    penalty: float
+    unexplained: dict[int, float]
+    num_tokens: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        layers = {str(layer): round(left, 5) for layer, left in self.unexplained.items()}
+        return {
+            "tokens": self.num_tokens[0],
+            "held_out_tokens": self.num_tokens[1],
+            "penalty": self.penalty,
+            "unexplained_variance": layers,
+        }
+
+
+def fit_bridge(
+    sums: NormalEquations,
+    held_out: NormalEquations,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> BridgeFit:
+    """The bridge of one exit layer and one kind of token.
+
+    Args:
+        sums: of the tokens to fit to; one target per layer behind the exit.
+        held_out: of other tokens; they choose the regularisation.
+        rank: of the low-rank form; None, or at least the model's width: full maps.
+        dtype: of the weights.
+    """
+    layers = sorted(sums.xy)
+    ridge = Ridge(sums)
+    found = fit_ridge(ridge, held_out, layers)
+    maps, left, down = dict(found.maps), dict(found.unexplained), None
+    if rank is not None and rank < sums.width:
+        down, maps = reduce_rank(ridge, found, sums, rank)
+        for layer in layers:
+            whole = torch.cat([down.T @ maps[layer][:-1], maps[layer][-1:]])
+            left[layer] = unexplained(held_out, layer, whole)
+        down = down.to(dtype).contiguous()
+    bridge = Bridge({layer: affine(maps[layer], dtype) for layer in layers}, down)
+    return BridgeFit(bridge, found.penalty, left, (sums.count, held_out.count))
+
+
+def reduce_rank(
+    ridge: Ridge, found: RidgeFit, sums: NormalEquations, rank: int
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The best maps that all read the same few combinations of the inputs.
+
+    Reduced-rank regression (Izenman 1975): with S the regularised covariance of the inputs, W the
+    ridge solution and D one over each output's deviation, the maps of rank r nearest to W in
+    ||S^{1/2} (W - W_r) D|| come from the leading left singular vectors U of S^{1/2} W D:
+    W_r = S^{-1/2} U U^T S^{1/2} W.
+
+    Args:
+        ridge: of the fitted rows.
+        found: the full maps.
+        sums: the fitted rows, for the deviations.
+        rank: r, 1 to E.
+
+    Returns:
+        down [r, E] and, by target, weights and bias behind it [r + 1, out], both float64.
+    """
+    spread = ridge.spread(found.penalty)  # [E]
+    root = (ridge.axes * spread.sqrt()) @ ridge.axes.T  # S^{1/2}
+    inverse = (ridge.axes / spread.sqrt()) @ ridge.axes.T
+    gram = torch.zeros_like(root)
+    for target, weights in found.maps.items():
+        scaled = root @ (weights[:-1] / variance(sums, target).sqrt())
+        gram += scaled @ scaled.T
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # [E, r]
+    down = leading.T @ inverse
+    maps = {}
+    for target, weights in found.maps.items():
+        up = leading.T @ root @ weights[:-1]
+        dropped = ridge.mean @ (weights[:-1] - down.T @ up)  # stays in the mean of the outputs
+        maps[target] = torch.cat([up, (weights[-1] + dropped)[None]])
+    return down, maps

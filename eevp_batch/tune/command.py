@@ -1,0 +1,185 @@
+"""What `potential` and `fit` do on the command line: load, generate at full depth, look, fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eevp_batch.engine.fitted import Affine, FittedExits, read_manifest
+from eevp_batch.engine.load import load_weights
+from eevp_batch.engine.prompts import PromptEncoder
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.tokenizer import load_tokenizer
+from eevp_batch.errors import FittedExitsError, UsageError
+from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
+from eevp_batch.spec import Dtype, EngineSpec, InputSpec, ModelSpec, PromptSpec, SamplingSpec
+from eevp_batch.tune.choose import choose_exits
+from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.fit import FitSettings, fit_exits, split_rows
+from eevp_batch.tune.outputs import full_depth_engine, generate_rows
+from eevp_batch.tune.potential import measure_potential
+from eevp_batch.tune.sample import sample_prompts
+from eevp_batch.tune.search import Costs
+from eevp_batch.tune.states import Row
+from eevp_batch.tune.survey import quick_heads as fit_quick_heads
+
+PROPOSAL_RANK = BRIDGE_RANK = 128
+"""What a fitted job is taken to use; a raw one pays more."""
+
+Say = Callable[[str], None]
+"""Takes one line about what is going on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which prompts a model is looked at with.
+
+    Attributes:
+        model: local folder or hub id.
+        prompts: Parquet file, folder, glob or URI.
+        column: of the prompts.
+        rows: how many to generate for.
+        max_new_tokens: of each generation.
+        dtype: number type of weights and activations.
+    """
+
+    model: str
+    prompts: str
+    column: str
+    rows: int
+    max_new_tokens: int
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """A model, cut at its last layer, and what it generated."""
+
+    config: ModelConfig
+    model: SegmentedModel
+    rows: Sequence[Row]
+
+
+def full_depth_outputs(source: Source, say: Say) -> Outputs:
+    """Load the model and generate.
+
+    Raises:
+        UsageError: something cannot be read, or does not belong together.
+    """
+    spec = ModelSpec(path=source.model, dtype=source.dtype)
+    config = read_model_config(spec)
+    tokenizer = load_tokenizer(config, spec)
+    sampling = SamplingSpec(max_new_tokens=source.max_new_tokens)
+    columns = InputSpec(path=source.prompts, prompt_column=source.column)
+    encoder = PromptEncoder(tokenizer, PromptSpec(), columns, prompt_room(sampling, config))
+    prompts = sample_prompts(source.prompts, encoder, source.rows)
+    weights = load_weights(spec, config)
+    model = SegmentedModel(weights, [config.num_layers])
+    engine = full_depth_engine(weights, model, tokenizer, sampling, EngineSpec())
+    say(f"generating for {len(prompts)} prompts at full depth")
+    return Outputs(config, model, generate_rows(engine, prompts))
+
+
+def run_potential(
+    source: Source, *, target: float, heads: str | None, quick_heads: bool, say: Say
+) -> dict[str, Any]:
+    """Measure what exits could do; see `measure_potential`.
+
+    Args:
+        source: model and prompts.
+        target: share of all tokens that has to stay as at full depth.
+        heads: folder of fitted exits.
+        quick_heads: whether closed-form heads are fitted to half of the rows.
+        say: progress.
+
+    Raises:
+        UsageError: something cannot be read, or does not belong together.
+    """
+    lenses: dict[str, Mapping[int, Affine]] = {"raw": {}}
+    if heads is not None:
+        model_hash = read_model_config(ModelSpec(path=source.model)).content_hash
+        lenses["fitted"] = _heads_of(heads, model_hash)
+    found = full_depth_outputs(source, say)
+    rows, num_layers = found.rows, found.config.num_layers
+    if quick_heads:
+        fitting, rows = split_rows(rows, 0.5, seed=0)
+        say(f"fitting closed-form heads to {len(fitting)} of them")
+        parts = split_rows(fitting, 0.2, seed=0)
+        lenses["quick"] = fit_quick_heads(found.model, *parts, range(1, num_layers))
+    say(f"looking at {len(rows)} rows after each of {num_layers} layers")
+    costs = Costs.counted(found.config, proposal_rank=PROPOSAL_RANK, bridge_rank=BRIDGE_RANK)
+    return measure_potential(found.model, rows, lenses, costs, target).to_json()
+
+
+def _heads_of(folder: str, model_hash: str) -> Mapping[int, Affine]:
+    """The heads of a folder of fitted exits.
+
+    Raises:
+        FittedExitsError: they are of another model.
+    """
+    fitted = FittedExits.load(Path(folder))
+    if fitted.model_hash != model_hash:
+        raise FittedExitsError(
+            f"{folder}: model: found {fitted.model_hash[:12]}; allowed: {model_hash[:12]}, "
+            "that of the model"
+        )
+    return fitted.heads
+
+
+def run_fit(
+    source: Source,
+    folder: str,
+    *,
+    layers: Sequence[int],
+    target: float,
+    bridge_rank: int | None,
+    proposal_rank: int,
+    say: Say,
+) -> dict[str, Any]:
+    """Fit exits to a model's own generations and write them.
+
+    Args:
+        source: model and prompts.
+        folder: where they go.
+        layers: exit layers, the last layer apart; none: they are searched.
+        target: share of all tokens that has to stay as at full depth, for the search.
+        bridge_rank: of low-rank bridges; None: full maps.
+        proposal_rank: of the proposal.
+        say: progress.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UsageError: something cannot be read, or no exit is worth taking.
+    """
+    found = full_depth_outputs(source, say)
+    facts: dict[str, Any] = {
+        "prompts": source.prompts,
+        "max_new_tokens": source.max_new_tokens,
+        "dtype": source.dtype,
+    }
+    if not layers:
+        say("searching exit layers")
+        ranks = {"proposal_rank": proposal_rank, "bridge_rank": bridge_rank}
+        costs = measured_costs(found.model, 64, **ranks)
+        best = choose_exits(found.model, found.rows, costs, target)[0]
+        if not best.layers:
+            raise UsageError(
+                f"exit layers: found none that pays at {target:.1%} unchanged tokens on these "
+                "prompts; allowed: --layers names them all the same"
+            )
+        say(f"exits after {', '.join(map(str, best.layers))}: predicted {best.speed:.2f} times")
+        facts["search"] = best.to_json()
+        layers = best.layers
+    settings = FitSettings(sorted(layers), bridge_rank=bridge_rank, proposal_rank=proposal_rank)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if done == total:
+            say(f"{stage}: done")
+
+    exits = fit_exits(found.model, found.config.content_hash, found.rows, settings, facts, tell)
+    exits.save(Path(folder))
+    return read_manifest(Path(folder))

@@ -1,0 +1,84 @@
+"""How long each part of a token takes here, for the search of exit layers.
+
+What is measured moves the choice of exits, never a result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear
+
+from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.pruned_vocab import prune, pruned_scores
+from eevp_batch.engine.score_summary import summarise
+from eevp_batch.engine.segment_times import layer_time
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.tune.heads import SCORED_ROWS
+from eevp_batch.tune.search import Costs
+
+REPEATS = 5
+
+
+@torch.inference_mode()
+def measured_costs(
+    model: SegmentedModel,
+    num_rows: int,
+    top_k: int | None = 256,
+    proposal_rank: int | None = None,
+    bridge_rank: int | None = None,
+) -> Costs:
+    """Seconds per token of each part, in a batch; reading keys and values is left out.
+
+    Args:
+        model: cut anywhere.
+        num_rows: tokens of the batch.
+        top_k: K, kept ids; None: no pruning, every exit pays the whole head.
+        proposal_rank: of the low-rank proposal; None: the head itself proposes.
+        bridge_rank: of the bridges; None: full maps.
+    """
+    weight = model.head_weight
+    vocab, width = weight.shape
+    rows = torch.randn(min(num_rows, SCORED_ROWS), width, device=weight.device).to(weight.dtype)
+    always = torch.zeros(1, dtype=torch.int64, device=weight.device)
+
+    def per_row(run: Callable[[], object]) -> float:
+        return _seconds(run, weight.device) / len(rows)
+
+    head = per_row(lambda: summarise(model.scores(rows)))
+    proposal = rescoring = head
+    if top_k is not None:
+        k = min(top_k, vocab)
+        ids = torch.randint(vocab, (len(rows), k), device=weight.device, dtype=torch.int32)
+        rescoring = per_row(lambda: summarise(pruned_scores(rows, weight, ids)))
+        if proposal_rank is not None:
+            rank = min(proposal_rank, width)
+            right = torch.randn(rank, width, device=weight.device).to(weight.dtype)
+            factors = LowRankProposal(weight[:, :rank].contiguous(), right)
+            proposal = per_row(lambda: prune(factors(rows), k, always))
+    kv_width = 2 * model.num_kv_heads * model.head_size
+    bridge = torch.randn(kv_width, bridge_rank or width, device=weight.device).to(weight.dtype)
+    square = torch.randn(width, width, device=weight.device).to(weight.dtype)
+    return Costs(
+        num_layers=model.num_layers,
+        layer=layer_time(model, num_rows) / num_rows,
+        head=head,
+        proposal=proposal,
+        rescoring=rescoring,
+        exit_head=per_row(lambda: linear(rows, square)),
+        bridge=per_row(lambda: linear(rows[:, : bridge.shape[1]], bridge)),
+    )
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of the best of a few runs."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

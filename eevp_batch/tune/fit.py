@@ -1,0 +1,241 @@
+"""Everything that is fitted for a job, from rows that the model made at full depth.
+
+One pass over the rows gives the sums of the bridges, the states for the heads and the moments of
+the proposal; all that follows is algebra and, for the heads, some epochs of Adam.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from eevp_batch.engine.fitted import Affine, Bridge, FittedExits
+from eevp_batch.engine.proposals import LowRankProposal, fit_low_rank
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.sequence import Kind
+from eevp_batch.errors import UsageError
+from eevp_batch.tune.bridges import fit_bridge
+from eevp_batch.tune.collect import Collected, collect
+from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output
+from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
+from eevp_batch.tune.states import Row
+
+OnProgress = Callable[[str, int, int], None]
+"""Told what is going on, how many parts of it are done, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """What is fitted, and how.
+
+    Attributes:
+        exit_layers: increasing, the last layer apart.
+        held_out_share: of the rows; they choose regularisation and when to stop.
+        prompt_bridge: whether tokens of prompts get a bridge of their own at the first exit.
+        bridge_rank: of low-rank bridges; None: full maps.
+        proposal_rank: of the proposal for the pruned vocabulary; None: no proposal.
+        tail: prompt tokens that always run at full depth where prompts are bridged.
+        heads: how the heads are fitted.
+        seed: of the choice of the held-out rows.
+    """
+
+    exit_layers: Sequence[int]
+    held_out_share: float = 0.2
+    prompt_bridge: bool = True
+    bridge_rank: int | None = None
+    proposal_rank: int | None = 128
+    tail: int = 1
+    heads: HeadSettings = field(default_factory=HeadSettings)
+    seed: int = 0
+
+
+def split_rows(
+    rows: Sequence[Row], held_out_share: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Rows to fit to, and rows held out; by seed.
+
+    Raises:
+        UsageError: fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise UsageError(f"rows to fit to: found {len(rows)}; allowed: two or more")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(len(rows) - 1, max(1, round(held_out_share * len(rows))))
+    return [rows[n] for n in order[held_out:]], [rows[n] for n in order[:held_out]]
+
+
+def fit_exits(
+    model: SegmentedModel,
+    model_hash: str,
+    rows: Sequence[Row],
+    settings: FitSettings,
+    data: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> FittedExits:
+    """Fit heads, bridges and the proposal.
+
+    Args:
+        model: cut anywhere.
+        model_hash: content hash of its folder.
+        rows: what it generated at full depth.
+        settings: what, and how.
+        data: where the rows are from; written into the manifest.
+        on_progress: progress.
+
+    Raises:
+        UsageError: too few rows, or exit layers that the model does not have.
+    """
+    model.recut([*settings.exit_layers, model.num_layers])
+    fitting, held_out = split_rows(rows, settings.held_out_share, settings.seed)
+    steps = _Steps(on_progress)
+    started = time.perf_counter()
+    wanted = (settings.exit_layers, settings.prompt_bridge)
+    seen = collect(model, fitting, *wanted, steps.of("states"))
+    judged = collect(model, held_out, *wanted, steps.of("held-out states"))
+    states_s = time.perf_counter() - started
+    counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
+    facts = {**(data or {}), **counts, "states_s": round(states_s, 2)}
+    return fit_collected(model, model_hash, seen, judged, settings, facts, on_progress)
+
+
+def fit_collected(
+    model: SegmentedModel,
+    model_hash: str,
+    seen: Collected,
+    judged: Collected,
+    settings: FitSettings,
+    data: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> FittedExits:
+    """As `fit_exits`, from what passes over the rows have left; they may have been summed.
+
+    Args:
+        model: cut anywhere.
+        model_hash: content hash of its folder.
+        seen: of the rows to fit to.
+        judged: of held-out rows.
+        settings: what, and how.
+        data: where the rows are from; written into the manifest.
+        on_progress: progress.
+
+    Raises:
+        UsageError: too few tokens of a kind.
+    """
+    steps, started = _Steps(on_progress), time.perf_counter()
+    bridges, bridge_figures = _fit_bridges(model, seen, judged, settings, steps)
+    heads, head_facts = _fit_heads(model, seen, judged, settings, steps)
+    first = settings.exit_layers[0]
+    proposal, recall = None, {}
+    if settings.proposal_rank is not None:
+        proposal = _fit_proposal(model, heads[first], seen.taught[first], settings.proposal_rank)
+        recall = proposal_recall(model, proposal, heads[first], judged.taught[first])
+    figures = {
+        "heads": head_facts,
+        "bridges": bridge_figures,
+        "proposal_recall": recall,
+        "fit_s": round(time.perf_counter() - started, 2),
+    }
+    return FittedExits(
+        model_hash=model_hash,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        exit_layers=tuple(settings.exit_layers),
+        heads=heads,
+        bridges=bridges,
+        proposal=proposal,
+        tail=settings.tail,
+        facts={"data": dict(data or {}), "settings": asdict(settings), "figures": figures},
+    )
+
+
+class _Steps:
+    """Names the parts of a fit to whoever listens."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._on_progress = on_progress
+
+    def of(self, stage: str) -> Callable[[int, int], None]:
+        """Progress of one stage."""
+
+        def tell(done: int, total: int) -> None:
+            if self._on_progress is not None:
+                self._on_progress(stage, done, total)
+
+        return tell
+
+
+def _fit_bridges(
+    model: SegmentedModel,
+    seen: Collected,
+    judged: Collected,
+    settings: FitSettings,
+    steps: _Steps,
+) -> tuple[dict[tuple[Kind, int], Bridge], dict[str, Any]]:
+    bridges, figures = {}, {}
+    tell = steps.of("bridges")
+    for done, (origin, sums) in enumerate(seen.bridges.items(), 1):
+        counts = (sums.count, judged.bridges[origin].count)
+        if not all(counts):
+            raise UsageError(
+                f"{origin[0]} tokens to fit a bridge to: found {counts[0]}, held out {counts[1]}; "
+                "allowed: one or more of each"
+            )
+        fit = fit_bridge(sums, judged.bridges[origin], settings.bridge_rank, model.dtype)
+        bridges[origin] = fit.bridge
+        figures[f"{origin[0]}.{origin[1]}"] = fit.to_json()
+        tell(done, len(seen.bridges))
+    return bridges, figures
+
+
+def _fit_heads(
+    model: SegmentedModel,
+    seen: Collected,
+    judged: Collected,
+    settings: FitSettings,
+    steps: _Steps,
+) -> tuple[dict[int, Affine], dict[str, Any]]:
+    heads, figures = {}, {}
+    for e in settings.exit_layers:
+        start = ridge_head(model, seen.heads[e], judged.heads[e])
+        tell = steps.of(f"head after layer {e}")
+        fit = fit_head(model, start, seen.taught[e], judged.taught[e], settings.heads, tell)
+        heads[e] = fit.head
+        figures[str(e)] = head_figures(fit, judged.taught[e], len(seen.taught[e]))
+    return heads, figures
+
+
+def ridge_head(model: SegmentedModel, sums: NormalEquations, held_out: NormalEquations) -> Affine:
+    """The closed-form head: the least-squares change of the unit state up to the last layer."""
+    last = model.num_layers
+    return affine(fit_ridge(Ridge(sums), held_out, [last]).maps[last], torch.float32)
+
+
+def _fit_proposal(
+    model: SegmentedModel, head: Affine, tokens: Taught, rank: int
+) -> LowRankProposal:
+    """The factor of the LM head that errs least on what this head gives it."""
+    normed = head_output(model, head, tokens.units).double()
+    moment = normed.T @ normed / len(normed)
+    return fit_low_rank(model.head_weight, moment, min(rank, model.hidden_size))
+
+
+@torch.no_grad()
+def proposal_recall(
+    model: SegmentedModel,
+    proposal: LowRankProposal,
+    head: Affine,
+    tokens: Taught,
+    sizes: Sequence[int] = (64, 256, 1024),
+) -> dict[str, float]:
+    """Share of tokens whose full-depth choice is among the K ids that are proposed, by K."""
+    normed = head_output(model, head, tokens.units)
+    ranks = []
+    for rows, best in zip(torch.split(normed, 64), torch.split(tokens.best_ids, 64), strict=True):
+        scores = proposal(rows).float()
+        ranks.append((scores > scores.gather(1, best[:, None])).sum(-1))
+    found = torch.cat(ranks)
+    return {str(k): float((found < k).double().mean()) for k in sizes}

@@ -1,0 +1,70 @@
+"""Full-depth generations of some prompts: what everything is fitted to and measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.limits import resolve_limits
+from eevp_batch.engine.load import end_ids
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.records import Generation, Prompt
+from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
+from eevp_batch.tune.states import Row
+
+
+def full_depth_engine(
+    weights: PreTrainedModel,
+    model: SegmentedModel,
+    tokenizer: Any,
+    sampling: SamplingSpec,
+    limits: EngineSpec,
+) -> Engine:
+    """An engine without exits around a model that is cut already; its layers are not copied.
+
+    Args:
+        weights: what the model was made from.
+        model: cut anywhere.
+        tokenizer: its tokenizer.
+        sampling: how tokens are chosen and when a generation ends.
+        limits: batch and memory.
+
+    Raises:
+        UsageError: the settings do not fit the device.
+    """
+    whole = model.recut([model.num_layers])
+    return Engine(
+        model=whole,
+        tokenizer=tokenizer,
+        exits=ExitSpec(mode="off"),
+        sampling=sampling,
+        prune_layer=None,
+        end_ids=end_ids(weights, tokenizer),
+        limits=resolve_limits(limits, whole, weights.config.max_position_embeddings),
+    )
+
+
+def generate_rows(
+    engine: Engine,
+    prompts: Iterable[Sequence[int]],
+    on_row: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """The generations of all prompts, in their order; rows that fail are left out.
+
+    Args:
+        engine: exits off.
+        prompts: token ids of each.
+        on_row: told how many rows are done, each time one is.
+    """
+    numbered = [Prompt(number, list(token_ids)) for number, token_ids in enumerate(prompts)]
+    found: dict[int, Row] = {}
+    for result in engine.generate(numbered):
+        if isinstance(result, Generation):
+            number = int(result.row_id)
+            found[number] = Row(numbered[number].token_ids, result.token_ids)
+        if on_row is not None:
+            on_row(len(found))
+    return [found[number] for number in sorted(found)]

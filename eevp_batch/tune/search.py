@@ -1,0 +1,219 @@
+"""Where should the exits lie? Searched over every layer, by what an exit costs and what it saves.
+
+Knows confidences, who agrees, and costs; nothing of how they were found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eevp_batch.model_config import ModelConfig
+
+BUDGET_SPLITS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the allowed disagreement that the first of two exits may use up."""
+GATHER_COST = 20
+"""Multiply-adds of a product that take as long as one of a head row read for one token alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What each part costs per token, in any one unit (seconds, multiply-adds, layers).
+
+    Attributes:
+        num_layers: L.
+        layer: a decoder layer, attention included.
+        head: the LM head over the whole vocabulary, and reading its scores.
+        proposal: what chooses the kept ids at the first exit; the head's cost where there is none.
+        rescoring: the kept ids scored exactly.
+        exit_head: the fitted map before the final norm.
+        bridge: keys and values of one skipped layer.
+    """
+
+    num_layers: int
+    layer: float
+    head: float
+    proposal: float
+    rescoring: float
+    exit_head: float
+    bridge: float
+
+    @classmethod
+    def counted(
+        cls,
+        model: ModelConfig,
+        top_k: int | None = 256,
+        proposal_rank: int | None = None,
+        bridge_rank: int | None = None,
+    ) -> Costs:
+        """Multiply-adds of the matrices, attention left out.
+
+        Args:
+            model: shapes.
+            top_k: K, kept ids; None: no pruning, every exit pays the whole head.
+            proposal_rank: of the low-rank proposal; None: the head itself proposes.
+            bridge_rank: of the bridges; None: full maps.
+        """
+        width, vocab, kv = model.hidden_size, model.vocab_size, model.kv_values_per_token
+        kv //= model.num_layers
+        head = float(model.head_weights)
+        proposal = rescoring = head
+        if top_k is not None:
+            rescoring = min(head, float(GATHER_COST * top_k * width))
+            if proposal_rank is not None:
+                proposal = min(head, float(proposal_rank * (width + vocab)))
+        return cls(
+            num_layers=model.num_layers,
+            layer=float(model.layer_weights),
+            head=head,
+            proposal=proposal,
+            rescoring=rescoring,
+            exit_head=float(width * width),
+            bridge=float(kv * (width if bridge_rank is None else bridge_rank)),
+        )
+
+    @property
+    def full_depth(self) -> float:
+        """A token without exits."""
+        return self.num_layers * self.layer + self.head
+
+    def with_exits(self, layers: Sequence[int], shares: Sequence[float]) -> float:
+        """A token on average.
+
+        Args:
+            layers: exit layers, the last layer apart, increasing.
+            shares: of all tokens, who leaves after each.
+        """
+        total, before, staying = 0.0, 0, 1.0
+        for position, (layer, share) in enumerate(zip(layers, shares, strict=True)):
+            asking = self.exit_head + self.rescoring if position else self.exit_check
+            total += staying * ((layer - before) * self.layer + asking)
+            total += share * (self.num_layers - layer) * self.bridge
+            before, staying = layer, staying - share
+        return total + staying * ((self.num_layers - before) * self.layer + self.head)
+
+    @property
+    def exit_check(self) -> float:
+        """To ask at the first exit. Where the head itself proposes, nothing need be rescored."""
+        proposed = self.proposal + self.rescoring
+        return self.exit_head + (self.head if self.proposal >= self.head else proposed)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """What an exit after a layer would say of some tokens, the same ones for every layer.
+
+    Attributes:
+        confidences: [S].
+        agrees: [S] bool, whether it is what the last layer says.
+    """
+
+    confidences: torch.Tensor
+    agrees: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExitChoice:
+    """Exits that could be taken.
+
+    Attributes:
+        layers: exit layers, the last layer apart; none: exits do not pay.
+        thresholds: of the confidence.
+        shares: of all tokens, who leaves after each.
+        disagreement: share of all tokens that would leave as another than at full depth.
+        speed: predicted, as a multiple of full depth.
+    """
+
+    layers: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    shares: tuple[float, ...]
+    disagreement: float
+    speed: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "layers": list(self.layers),
+            "thresholds": list(self.thresholds),
+            "shares": list(self.shares),
+            "disagreement": self.disagreement,
+            "speed": self.speed,
+        }
+
+
+def search_exits(
+    tables: Mapping[int, LayerTable],
+    costs: Costs,
+    target: float = 0.99,
+    most_exits: int = 2,
+) -> list[ExitChoice]:
+    """Every set of one or two exits with the boldest thresholds that the target allows.
+
+    That bridged keys and values change later tokens is not predicted; calibration measures it.
+
+    Args:
+        tables: by candidate layer.
+        costs: what each part costs.
+        target: share of all tokens that must leave as they would at full depth.
+        most_exits: 1 or 2.
+
+    Returns:
+        Fastest first; "no exits" (speed 1) is among them.
+    """
+    found = [ExitChoice((), (), (), 0.0, 1.0)]
+    layers = sorted(tables)
+    for layer in layers:
+        found.append(_chosen(tables, costs, (layer,), target, (1.0,)))
+    if most_exits > 1:
+        for pair in itertools.combinations(layers, 2):
+            tried = [_chosen(tables, costs, pair, target, (s, 1.0)) for s in BUDGET_SPLITS]
+            found.append(max(tried, key=lambda choice: choice.speed))
+    return sorted(found, key=lambda choice: (-choice.speed, len(choice.layers), choice.layers))
+
+
+def _chosen(
+    tables: Mapping[int, LayerTable],
+    costs: Costs,
+    layers: tuple[int, ...],
+    target: float,
+    splits: tuple[float, ...],
+) -> ExitChoice:
+    """The boldest thresholds that spend at most these shares of the allowed disagreement.
+
+    Args:
+        tables: by layer.
+        costs: what each part costs.
+        layers: exit layers.
+        target: of agreement.
+        splits: of the allowed disagreement, what may be spent up to and including each exit.
+    """
+    count = len(tables[layers[0]].agrees)
+    staying = torch.ones(count, dtype=torch.bool)
+    spent, thresholds, shares = 0, [], []
+    for layer, split in zip(layers, splits, strict=True):
+        table = tables[layer]
+        allowed = int(split * (1 - target) * count + 1e-9) - spent
+        threshold = boldest(table.confidences[staying], table.agrees[staying], allowed)
+        leaves = staying & (table.confidences > threshold)
+        spent += int((leaves & ~table.agrees).sum())
+        thresholds.append(threshold)
+        shares.append(float(leaves.sum()) / count)
+        staying = staying & ~leaves
+    speed = costs.full_depth / costs.with_exits(layers, shares)
+    return ExitChoice(layers, tuple(thresholds), tuple(shares), spent / count, speed)
+
+
+def boldest(confidences: torch.Tensor, agrees: torch.Tensor, allowed: int) -> float:
+    """The lowest threshold above which at most `allowed` tokens do not agree.
+
+    Args:
+        confidences: [S].
+        agrees: [S] bool.
+        allowed: 0 or more.
+    """
+    wrong = confidences[~agrees].sort(descending=True).values
+    return float(wrong[allowed]) if len(wrong) > allowed else 0.0

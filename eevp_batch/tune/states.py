@@ -1,0 +1,160 @@
+"""Rows whose tokens are known, run once through all layers, with the states after each layer.
+
+The layers are those that a job runs, kernels included, so that what is fitted here is fitted to the
+numbers that the engine will see. Knows rows and states, nothing of what is fitted to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool, pages_for
+from eevp_batch.engine.packing import PackedTokens, pack
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.sequence import Sequence as Generation
+from eevp_batch.records import Prompt
+
+PASS_TOKENS = 2048
+"""Tokens of a pass: enough for full-speed products, few enough for their states to stay small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt and what the model made of it at full depth.
+
+    Attributes:
+        prompt_ids: [T], T >= 1.
+        generated_ids: [G], G >= 1; the last one is never fed.
+    """
+
+    prompt_ids: Sequence[int]
+    generated_ids: Sequence[int]
+
+    @property
+    def fed_ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.generated_ids[:-1]]
+
+
+@dataclass(frozen=True)
+class ForcedPass:
+    """Some rows, packed; the token positions below number the pack's N tokens.
+
+    Attributes:
+        rows: the rows in the pack.
+        row_numbers: their numbers in the list that was given.
+        prompt: [P] positions that hold a token of a prompt.
+        generated: [G] positions that hold a generated token.
+        deciding: [S] positions whose next token was generated, row by row.
+        next_ids: [S] those tokens.
+        owners: [S] number of the row of each, as in `row_numbers`.
+    """
+
+    rows: Sequence[Row]
+    row_numbers: Sequence[int]
+    prompt: torch.Tensor
+    generated: torch.Tensor
+    deciding: torch.Tensor
+    next_ids: torch.Tensor
+    owners: torch.Tensor
+    _model: SegmentedModel
+    _tokens: PackedTokens
+    _pool: KvPool
+
+    @torch.no_grad()
+    def layers(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each layer, 1..L, and the states [N, E] after it. To be read before the next pass."""
+        tokens = self._tokens
+        for depth in range(self._model.num_segments):
+            states = self._model.run_segment(depth, tokens, self._pool)
+            yield depth + 1, states.hidden
+            tokens = replace(tokens, token_ids=None)
+
+
+def forced_passes(
+    model: SegmentedModel, rows: Sequence[Row], pass_tokens: int = PASS_TOKENS
+) -> Iterator[ForcedPass]:
+    """Passes over all rows, a few rows each.
+
+    Args:
+        model: cut anywhere; its layers are used one by one.
+        rows: in any order; rows of like length share a pass.
+        pass_tokens: tokens of a pass; a longer row has one for itself.
+    """
+    model = model.recut(range(1, model.num_layers + 1))
+    groups = row_groups(rows, pass_tokens)
+    pages = most_pages(rows, groups, model.layers.page_size)
+    most = max(map(len, groups), default=0)
+    pool = model.make_pool(pages, most, pages) if pages else None
+    for group in groups:
+        if pool is not None:
+            yield from _pass(model, pool, rows, group)
+
+
+def most_pages(rows: Sequence[Row], groups: Sequence[Sequence[int]], page_size: int) -> int:
+    """Pages that the largest of these groups of rows needs."""
+    return max(
+        (sum(pages_for(len(rows[n].fed_ids), page_size) for n in group) for group in groups),
+        default=0,
+    )
+
+
+def row_groups(rows: Sequence[Row], pass_tokens: int) -> list[list[int]]:
+    """Numbers of the rows that share a pass; short rows first, so that single tokens lead."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].fed_ids)):
+        cost = pages_for(len(rows[number].fed_ids)) * PAGE_SIZE
+        if not groups or cost > room:
+            groups.append([])
+            room = pass_tokens
+        groups[-1].append(number)
+        room -= cost
+    return groups
+
+
+def _pass(
+    model: SegmentedModel, pool: KvPool, rows: Sequence[Row], group: list[int]
+) -> Iterator[ForcedPass]:
+    """The pass of one group; its pages are given back when the caller comes for the next."""
+    sequences = []
+    for number in group:
+        fed = Prompt(number, rows[number].fed_ids)
+        sequence = Generation(fed, model.num_segments, max_new_tokens=1, seed=0)
+        pool.admit(sequence, sequence.num_prompt, [])
+        pool.grow(sequence)
+        sequences.append(sequence)
+    packed = pack(sequences, 0, pool, model.layers.row_multiple)
+    device = model.device
+    every = torch.arange(packed.num_tokens, device=device)
+    prompt: list[int] = []
+    generated: list[int] = []
+    deciding: list[int] = []
+    owners: list[int] = []
+    for number, span in zip(group, packed.spans, strict=True):
+        border = span.start + len(rows[number].prompt_ids)
+        prompt += range(span.start, border)
+        generated += range(border, span.stop)
+        deciding += range(border - 1, span.stop)
+        owners += [number] * (span.stop - border + 1)
+    next_ids = [token_id for number in group for token_id in rows[number].generated_ids]
+
+    def column(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    yield ForcedPass(
+        rows=[rows[number] for number in group],
+        row_numbers=group,
+        prompt=column(prompt),
+        generated=column(generated),
+        deciding=column(deciding),
+        next_ids=column(next_ids),
+        owners=column(owners),
+        _model=model,
+        _tokens=replace(packed, scored_rows=every),
+        _pool=pool,
+    )
+    for sequence in sequences:
+        pool.release(sequence)

@@ -1,0 +1,246 @@
+"""The KV policy `bridge`: fitted maps in place of the skipped layers' projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.fitted import Affine, Bridge, FittedExits
+from eevp_batch.engine.load import build_engine
+from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.sequence import Kind
+from eevp_batch.errors import FittedExitsError
+from eevp_batch.records import Generation, Prompt
+from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
+from tests.engine.conftest import NEW_TOKENS, load_model, make_engine, oracle, run
+from tests.tiny_models import FAMILIES, NUM_LAYERS
+
+LAYERS = [2, 4]
+
+
+def own_projections(model: PreTrainedModel, exit_layer: int) -> Bridge:
+    """The bridge that is the layers' own norm and projections: what `propagate` computes."""
+    layers: dict[int, Affine] = {}
+    for number, layer in enumerate(model.model.layers, start=1):
+        if number <= exit_layer:
+            continue
+        parts = [layer.self_attn.k_proj, layer.self_attn.v_proj]
+        weight = torch.cat([part.weight for part in parts]).detach()
+        bias = torch.zeros(len(weight))
+        if parts[0].bias is not None:
+            bias = torch.cat([part.bias for part in parts]).detach()
+        layers[number] = Affine(weight * layer.input_layernorm.weight.detach(), bias)
+    return Bridge(layers)
+
+
+def random_bridge(model: PreTrainedModel, exit_layer: int, rank: int | None = None) -> Bridge:
+    config = model.config
+    width = 2 * config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    generator = torch.Generator().manual_seed(exit_layer)
+    size = rank or config.hidden_size
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    layers = {
+        layer: Affine(draw(width, size), draw(width))
+        for layer in range(exit_layer + 1, NUM_LAYERS + 1)
+    }
+    return Bridge(layers, None if rank is None else draw(rank, config.hidden_size))
+
+
+def fitted_for(
+    model: PreTrainedModel, bridges: dict[tuple[Kind, int], Bridge], **changes: Any
+) -> FittedExits:
+    fields: dict[str, Any] = {
+        "model_hash": "",
+        "num_layers": NUM_LAYERS,
+        "hidden_size": model.config.hidden_size,
+        "exit_layers": tuple(LAYERS),
+        "bridges": bridges,
+    }
+    return FittedExits(**{**fields, **changes})
+
+
+def bridged_engine(
+    path: Path,
+    fitted: FittedExits,
+    *,
+    max_batch: int = 5,
+    limits: dict[str, Any] | None = None,
+    threshold: float = 0.3,
+    kernel: Kernel | None = None,
+    **exit: Any,
+) -> Engine:
+    vocab = exit.pop("vocab", VocabSpec(top_k=32))
+    settings: dict[str, Any] = {"kv": "bridge", "heads": "given", **exit}
+    return build_engine(
+        load_model(path),
+        AutoTokenizer.from_pretrained(path),
+        ExitSpec(layers=LAYERS, threshold=threshold, vocab=vocab, **settings),
+        SamplingSpec(max_new_tokens=NEW_TOKENS),
+        EngineSpec(max_batch=max_batch, **(limits or {"max_resident": 3 * max_batch})),
+        fitted,
+        kernel,
+    )
+
+
+def exits_of(found: dict[Any, Generation]) -> dict[Any, list[tuple[int, int]]]:
+    return {
+        row: [(e.token_id, e.exit_layer) for e in generation.exits]
+        for row, generation in found.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bridge_of_the_layers_own_projections_is_propagate(
+    family: str, tiny_model_path: Any, prompts: list[Prompt]
+) -> None:
+    path = tiny_model_path(family)
+    model = load_model(path)
+    bridges: dict[tuple[Kind, int], Bridge] = {
+        ("generated", layer): own_projections(model, layer) for layer in LAYERS
+    }
+    found = run(bridged_engine(path, fitted_for(model, bridges)), prompts)
+    expected = run(make_engine(path, layers=LAYERS), prompts)
+    assert exits_of(found) == exits_of(expected)
+    layers = {layer for row in exits_of(found).values() for _, layer in row}
+    assert layers == {*LAYERS, NUM_LAYERS}, "tokens leave everywhere, or nothing is shown"
+
+
+def with_prompts(model: PreTrainedModel, tail: int = 3) -> FittedExits:
+    bridges: dict[tuple[Kind, int], Bridge] = {
+        ("generated", 2): random_bridge(model, 2),
+        ("generated", 4): random_bridge(model, 4, rank=5),
+        ("prompt", 2): random_bridge(model, 2, rank=7),
+    }
+    return fitted_for(model, bridges, tail=tail)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("prefill", ["full", "bridge"])
+def test_a_row_depends_on_the_row_alone(
+    family: str, prefill: str, tiny_model_path: Any, prompts: list[Prompt]
+) -> None:
+    path = tiny_model_path(family)
+    fitted = with_prompts(load_model(path))
+    expected = exits_of(run(bridged_engine(path, fitted, prefill=prefill), prompts))
+    alone: dict[Any, Any] = {}
+    for prompt in prompts[:6]:
+        alone |= exits_of(run(bridged_engine(path, fitted, prefill=prefill, max_batch=1), [prompt]))
+    assert alone == {row: expected[row] for row in alone}
+    reverse = run(bridged_engine(path, fitted, prefill=prefill, max_batch=3), prompts[::-1])
+    assert exits_of(reverse) == expected
+
+
+@pytest.mark.parametrize("prefill", ["full", "bridge"])
+def test_sharing_a_prefix_changes_nothing(prefill: str, tiny_model_path: Any) -> None:
+    path = tiny_model_path("llama")
+    fitted = with_prompts(load_model(path))
+    shared = list(range(5, 105))
+    rows = [
+        Prompt(row_id=row, token_ids=[*shared, *range(200, 200 + row % 7)]) for row in range(12)
+    ]
+    outputs = []
+    for prefix_sharing in (True, False):
+        limits = {"prefix_sharing": prefix_sharing, "max_resident": 15}
+        engine = bridged_engine(path, fitted, prefill=prefill, limits=limits)
+        outputs.append(exits_of(run(engine, rows)))
+        assert bool(engine.stats.shared_tokens) is prefix_sharing
+    assert outputs[0] == outputs[1]
+
+
+def test_a_short_prompt_computes_less(tiny_model_path: Any) -> None:
+    path = tiny_model_path("llama")
+    fitted = with_prompts(load_model(path), tail=1)
+    rows = [Prompt(row_id=row, token_ids=list(range(20, 60))) for row in range(4)]
+    limits = {"prefix_sharing": False, "max_resident": 15}
+    packed = {}
+    for prefill in ("full", "bridge"):
+        engine = bridged_engine(path, fitted, prefill=prefill, limits=limits, threshold=1.5)
+        run(engine, rows)
+        packed[prefill] = engine.stats.packed_tokens
+    assert packed["full"] - packed["bridge"] == 4 * 39 * 2, "39 tokens of 4 rows in 2 segments"
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2"])
+def test_above_any_confidence_the_output_is_plain_greedy(
+    family: str, tiny_model_path: Any, prompts: list[Prompt]
+) -> None:
+    path = tiny_model_path(family)
+    model = load_model(path)
+    fitted = with_prompts(model)
+    found = run(bridged_engine(path, fitted, threshold=1.5), prompts)
+    for prompt in prompts:
+        ids = [exit.token_id for exit in found[prompt.row_id, 0].exits]
+        assert ids == oracle(model, prompt)[: len(ids)]
+
+
+def test_heads_of_zeros_are_the_logit_lens(tiny_model_path: Any, prompts: list[Prompt]) -> None:
+    path = tiny_model_path("llama")
+    model = load_model(path)
+    width = model.config.hidden_size
+    zeros = Affine(torch.zeros(width, width), torch.zeros(width))
+    fitted = fitted_for(model, {}, heads=dict.fromkeys(LAYERS, zeros))
+    found = run(bridged_engine(path, fitted, kv="propagate"), prompts)
+    assert exits_of(found) == exits_of(run(make_engine(path, layers=LAYERS), prompts))
+
+
+def test_a_head_decides_what_leaves(tiny_model_path: Any, prompts: list[Prompt]) -> None:
+    """A head whose state is one fixed direction makes every token leave as the same id."""
+    path = tiny_model_path("llama")
+    model = load_model(path)
+    width = model.config.hidden_size
+    goal = model.lm_head.weight[77].detach() / model.model.norm.weight.detach()
+    head = Affine(-torch.eye(width), 1000 * goal)
+    fitted = fitted_for(model, {}, heads={2: head})
+    engine = bridged_engine(path, fitted, kv="propagate", threshold=0.0)
+    ids = {exit.token_id for row in run(engine, prompts).values() for exit in row.exits}
+    scores = model.lm_head(model.model.norm(goal[None]))[0]
+    assert ids == {int(scores.argmax())}
+
+
+def test_a_fitted_proposal_is_taken(tiny_model_path: Any, prompts: list[Prompt]) -> None:
+    """Factors that are the head itself propose what the head would; nonsense does not."""
+    path = tiny_model_path("llama")
+    model = load_model(path)
+    width = model.config.hidden_size
+    weight = model.lm_head.weight.detach()
+    vocab = VocabSpec(top_k=8, proposal="low_rank")
+    expected = exits_of(run(make_engine(path, layers=LAYERS, top_k=8), prompts))
+    outputs = []
+    for sign in (1, -1):
+        factors = LowRankProposal(sign * weight, torch.eye(width))
+        fitted = fitted_for(model, {}, proposal=factors)
+        engine = bridged_engine(path, fitted, kv="propagate", vocab=vocab)
+        outputs.append(exits_of(run(engine, prompts)))
+    assert outputs[0] == expected
+    assert outputs[1] != expected
+
+
+REFUSED: Sequence[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"exit_layers": (3,)}, {}, "exit.layers: found .2, 4."),
+    ({"num_layers": 9}, {}, "found exits of a model with 9 layers"),
+    ({"bridges": {}}, {}, "no bridge for generated tokens at layer 2"),
+    ({}, {"prefill": "bridge"}, "no bridge for prompt tokens at layer 2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "exit", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Any], exit: dict[str, Any], message: str, tiny_model_path: Any
+) -> None:
+    path = tiny_model_path("llama")
+    model = load_model(path)
+    bridges: dict[tuple[Kind, int], Bridge] = {
+        ("generated", layer): random_bridge(model, layer) for layer in LAYERS
+    }
+    with pytest.raises(FittedExitsError, match=message):
+        bridged_engine(path, fitted_for(model, **{"bridges": bridges, **changes}), **exit)

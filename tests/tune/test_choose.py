@@ -1,0 +1,48 @@
+"""Exit layers are found on the job's own rows, by costs that are counted or measured."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.model_config import read_model_config
+from eevp_batch.spec import ModelSpec
+from eevp_batch.tune.choose import choose_exits
+from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.search import Costs
+from tests.engine.conftest import load_model
+from tests.tiny_models import NUM_LAYERS
+from tests.tune.rows import make_rows, without_layers
+
+CHEAP = Costs(NUM_LAYERS, 1.0, 0.5, 0.2, 0.1, 0.1, 0.02)
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_the_layer_after_which_nothing_happens_is_chosen(tiny_llama: Path, after: int) -> None:
+    model = without_layers(tiny_llama, after)
+    rows = make_rows(tiny_llama, model)
+    best = choose_exits(model, rows, CHEAP, most_exits=1)[0]
+    assert best.layers == (after,) and best.shares == (1.0,)
+    beyond = choose_exits(model, rows, CHEAP, most_exits=1, layers=[5])[0]
+    assert beyond.layers == (5,) and beyond.speed < best.speed
+
+
+def test_counted_costs_are_the_matrices(tiny_llama: Path) -> None:
+    config = read_model_config(ModelSpec(path=str(tiny_llama)))
+    costs = Costs.counted(config, top_k=4, proposal_rank=8, bridge_rank=4)
+    assert costs.layer == 32 * (32 + 32 + 16 + 16) + 3 * 32 * 64
+    assert costs.head == 320 * 32
+    assert costs.proposal == 8 * (320 + 32)
+    assert costs.rescoring == 4 * 32 * 20
+    assert costs.bridge == 32 * 4, "keys and values, two heads of eight numbers each"
+    assert Costs.counted(config, top_k=None).exit_check == costs.head + 32 * 32
+
+
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_every_part_takes_time(tiny_llama: Path, top_k: int | None) -> None:
+    model = SegmentedModel(load_model(tiny_llama), [NUM_LAYERS])
+    costs = measured_costs(model, 8, top_k, proposal_rank=8, bridge_rank=4)
+    assert min(astuple(costs)) > 0

@@ -1,0 +1,144 @@
+"""Sums are enough: known maps come out, halves add up, errors are those of the rows themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eevp_batch.tune.bridges import fit_bridge, reduce_rank
+from eevp_batch.tune.regression import (
+    NormalEquations,
+    Ridge,
+    fit_ridge,
+    squared_error,
+    unexplained,
+    with_constant,
+)
+
+WIDTH, OUT, TARGETS = 12, 5, (3, 4, 7)
+
+
+def some_rows(count: int, seed: int, noise: float = 0.0) -> tuple[torch.Tensor, dict]:
+    """Inputs with unequal variances and a mean, and targets that are affine in them."""
+    maps = torch.Generator().manual_seed(99)
+    scales = torch.logspace(-2, 1, WIDTH)
+    weights = {target: torch.randn(OUT, WIDTH, generator=maps) for target in TARGETS}
+    biases = {target: torch.randn(OUT, generator=maps) for target in TARGETS}
+    rows = torch.Generator().manual_seed(seed)
+    inputs = (torch.randn(count, WIDTH, generator=rows) + 1) * scales
+    values = {
+        target: inputs @ weights[target].T
+        + biases[target]
+        + noise * torch.randn(count, OUT, generator=rows)
+        for target in TARGETS
+    }
+    return inputs, values
+
+
+def summed(inputs: torch.Tensor, values: dict) -> NormalEquations:
+    found = NormalEquations.empty(WIDTH)
+    rows = with_constant(inputs)
+    found.add_inputs(rows)
+    for target, value in values.items():
+        found.add_target(target, rows, value)
+    return found
+
+
+@pytest.fixture
+def noisy() -> tuple[NormalEquations, NormalEquations]:
+    return summed(*some_rows(60, 1, noise=2.0)), summed(*some_rows(400, 2, noise=2.0))
+
+
+def test_a_known_affine_map_comes_out() -> None:
+    fit = fit_bridge(summed(*some_rows(300, 1)), summed(*some_rows(100, 2)))
+    inputs, values = some_rows(50, 3)
+    assert tuple(fit.bridge.layers) == TARGETS
+    for layer, value in values.items():
+        torch.testing.assert_close(fit.bridge.layers[layer](inputs), value, atol=1e-3, rtol=1e-4)
+        assert fit.unexplained[layer] < 1e-6
+    assert fit.num_tokens == (300, 100)
+
+
+def test_halves_add_up_and_survive_a_file(tmp_path: Path) -> None:
+    inputs, values = some_rows(101, 1, noise=1.0)
+    whole = summed(inputs, values)
+    halves = summed(inputs[:40], {t: v[:40] for t, v in values.items()}) + summed(
+        inputs[40:], {t: v[40:] for t, v in values.items()}
+    )
+    halves.save(tmp_path / "sums.safetensors")
+    loaded = NormalEquations.load(tmp_path / "sums.safetensors")
+    assert loaded.count == whole.count == 101
+    torch.testing.assert_close(loaded.xx, whole.xx)
+    for target in TARGETS:
+        torch.testing.assert_close(loaded.xy[target], whole.xy[target])
+        torch.testing.assert_close(loaded.yy[target], whole.yy[target])
+
+
+def test_the_error_from_sums_is_the_error_of_the_rows() -> None:
+    inputs, values = some_rows(80, 1, noise=1.0)
+    sums = summed(inputs, values)
+    weights = torch.randn(WIDTH + 1, OUT, dtype=torch.float64)
+    left = values[3].double() - with_constant(inputs) @ weights
+    torch.testing.assert_close(squared_error(sums, 3, weights), left.square().mean(0))
+
+
+def test_ridge_solves_its_own_normal_equations(noisy) -> None:
+    sums, _ = noisy
+    inputs, values = some_rows(60, 1, noise=2.0)
+    centred = (inputs - inputs.mean(0)).double()
+    penalty = 0.01 * centred.square().mean(0).mean() * len(inputs)
+    expected = torch.linalg.solve(
+        centred.T @ centred + penalty * torch.eye(WIDTH, dtype=torch.float64),
+        centred.T @ (values[4] - values[4].mean(0)).double(),
+    )
+    found = Ridge(sums).map(4, 0.01)
+    torch.testing.assert_close(found[:-1], expected, atol=1e-6, rtol=1e-5)
+    mean = (inputs.double().mean(0) @ found[:-1]) + found[-1]
+    torch.testing.assert_close(mean, values[4].double().mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_held_out_rows_choose_the_regularisation(noisy) -> None:
+    sums, held_out = noisy
+    found = fit_ridge(Ridge(sums), held_out, TARGETS)
+    assert found.tried[found.penalty] == min(found.tried.values())
+    assert 1e-8 < found.penalty < 1, "noisy rows ask for some, informative ones not for all"
+    for target in TARGETS:
+        left = unexplained(held_out, target, found.maps[target])
+        assert found.unexplained[target] == left
+
+
+def test_low_rank_at_full_rank_is_the_full_map(noisy) -> None:
+    sums, held_out = noisy
+    assert fit_bridge(sums, held_out, rank=WIDTH).bridge.down is None
+    ridge = Ridge(sums)
+    found = fit_ridge(ridge, held_out, TARGETS)
+    down, maps = reduce_rank(ridge, found, sums, WIDTH)
+    for target in TARGETS:
+        torch.testing.assert_close(down.T @ maps[target][:-1], found.maps[target][:-1])
+        torch.testing.assert_close(maps[target][-1], found.maps[target][-1])
+
+
+def test_low_rank_is_enough_where_the_map_has_that_rank() -> None:
+    def rows(seed: int) -> NormalEquations:
+        inputs, _ = some_rows(200, seed)
+        thin = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
+        values = {
+            t: inputs @ thin.T @ torch.randn(2, OUT, generator=torch.Generator().manual_seed(t)) + t
+            for t in TARGETS
+        }
+        return summed(inputs, values)
+
+    sums, held_out = rows(1), rows(2)
+    enough = fit_bridge(sums, held_out, rank=2)
+    assert enough.bridge.down is not None and enough.bridge.down.shape == (2, WIDTH)
+    assert enough.bridge.layers[3].weight.shape == (OUT, 2)
+    assert max(enough.unexplained.values()) < 1e-6
+    assert max(fit_bridge(sums, held_out, rank=1).unexplained.values()) > 0.01
+
+
+def test_more_rank_leaves_less(noisy) -> None:
+    sums, _ = noisy
+    left = [sum(fit_bridge(sums, sums, rank=rank).unexplained.values()) for rank in (1, 3, 6, 11)]
+    assert left == sorted(left, reverse=True)

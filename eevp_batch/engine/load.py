@@ -174,11 +174,16 @@ def build_engine(
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
-    return cut_model(weights, tokenizer, exit, fitted).engine(tokenizer, exit, sampling, engine)
+    cut = cut_model(weights, tokenizer, exit, fitted, kernel)
+    return cut.engine(tokenizer, exit, sampling, engine)
 
 
 def cut_model(
-    weights: PreTrainedModel, tokenizer: Any, exit: ExitSpec, fitted: FittedExits | None = None
+    weights: PreTrainedModel,
+    tokenizer: Any,
+    exit: ExitSpec,
+    fitted: FittedExits | None = None,
+    kernel: Kernel | None = None,
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -187,6 +192,7 @@ def cut_model(
         tokenizer: its tokenizer.
         exit: exits; layers are resolved against the model.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
+        kernel: lets the model's own modules run, with this attention; None: what is fastest.
 
     Raises:
         UsageError: the settings do not fit the model or the device.

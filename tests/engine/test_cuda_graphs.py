@@ -23,6 +23,7 @@ from eevp_batch.engine.packing import Lookup, PackedTokens
 from eevp_batch.engine.paged_kernels import Flex
 from eevp_batch.engine.sequence import Kind, Origin
 from eevp_batch.records import Prompt
+from eevp_batch.spec import SamplingSpec
 from tests.engine.conftest import load_model, make_engine, run
 from tests.engine.test_bridges import LAYERS, bridged_engine, exits_of, fitted_for, random_bridge
 
@@ -60,7 +61,15 @@ def small_pages() -> Kernel:
 
 
 def make_recording(path: Path, recorder: Recorder | None, **settings: Any) -> Engine:
-    engine = make_engine(path, kernel=small_pages(), threshold=0.35, layers=[2, 4], **settings)
+    engine = make_engine(
+        path,
+        kernel=small_pages(),
+        threshold=0.35,
+        layers=LAYERS,
+        sampling=SamplingSpec(max_new_tokens=12),
+        limits={"max_resident": 5},  # a small pool: Flex as written looks at all of it
+        **settings,
+    )
     engine.runner = SegmentRunner(engine._model, engine.pool, recorder)
     return engine
 
@@ -74,7 +83,7 @@ def run_flex_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_runs_give_what_direct_runs_give(
     tiny_llama: Path, prompts: list[Prompt], kv: str
 ) -> None:
-    few = prompts[:10]
+    few = prompts[:7]
     expected = run(make_recording(tiny_llama, None, kv=kv), few)
     counts = Counts()
     engine = make_recording(tiny_llama, counts, kv=kv)
@@ -86,7 +95,7 @@ def test_recorded_runs_give_what_direct_runs_give(
         assert found[key].exit_confidences == near
     buckets = engine.runner.buckets
     assert counts.recorded == len(buckets) > 3
-    assert counts.repeated > 3 * counts.recorded, "a recording is used again and again"
+    assert counts.repeated > 2 * counts.recorded, "a recording is used again and again"
     assert {bucket.depth for bucket in buckets} == {0, 1, 2}
     projects = {bool(bucket.origins) for bucket in buckets}
     assert projects == ({False, True} if kv == "propagate" else {False})
@@ -98,9 +107,12 @@ def test_a_recording_has_its_bridges_by_origin(tiny_llama: Path, prompts: list[P
         ("generated", layer): random_bridge(model, layer) for layer in LAYERS
     }
     fitted = fitted_for(model, bridges)
-    engines = [bridged_engine(tiny_llama, fitted, kernel=small_pages()) for _ in range(2)]
+    engines = [
+        bridged_engine(tiny_llama, fitted, kernel=small_pages(), limits={"max_resident": 5})
+        for _ in range(2)
+    ]
     engines[1].runner = SegmentRunner(engines[1]._model, engines[1].pool, Counts())
-    expected, found = (exits_of(run(engine, prompts[:10])) for engine in engines)
+    expected, found = (exits_of(run(engine, prompts[:6])) for engine in engines)
     assert found == expected
     seen = {origin for bucket in engines[1].runner.buckets for origin, _ in bucket.origins}
     assert seen == {EARLY, LATE}, "tokens of both exits were bridged in recorded runs"

@@ -77,23 +77,67 @@ def potential(plot: str | None, as_json: bool, **options: Any) -> None:
         click.echo(render_potential(found, width()))
 
 
+_AT_FULL_DEPTH = (
+    "exit.mode=off",
+    "exit.layers=auto",
+    "exit.heads=null",
+    "exit.calibration=null",
+    "exit.kv=propagate",
+    "exit.prefill=full",
+)
+
+
 @click.command()
-@_source_command
+@click.argument("spec", metavar="SPEC")
 @click.argument("folder", metavar="DIR")
+@spec_overrides
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(min=4))
+@click.option("--from", "source", metavar="OUT", help="Finished full-depth output to draw from.")
 @click.option("--layers", metavar="L,L", default="", help="Exit layers; searched if not given.")
+@click.option(
+    "--target",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0.5, 1.0),
+    help="Share of all tokens that has to stay as at full depth, for the search.",
+)
 @click.option("--bridge-rank", type=click.IntRange(min=1), help="Of low-rank bridges.")
 @click.option("--proposal-rank", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--tail",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens at a prompt's end at full depth under exit.prefill: bridge.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @json_option
-def fit(layers: str, as_json: bool, **options: Any) -> None:
-    """Fit exits to what a model itself generates for some prompts (Parquet); DIR gets them."""
+def fit(
+    spec: str,
+    folder: str,
+    overrides: tuple[str, ...],
+    layers: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit exits to what a job's model itself generates for its prompts; DIR gets them."""
+    from eevp_batch.prepare import check_prompts, prepare
     from eevp_batch.report.fitted import render_fitted
-    from eevp_batch.tune.command import run_fit
+    from eevp_batch.tune.command import FitOptions, run_fit
 
     if not all(part.strip().isdigit() for part in layers.split(",") if layers):
         raise UsageError(f"--layers: found {layers!r}; allowed: numbers with commas between them")
     numbers = [int(part) for part in layers.split(",") if layers]
-    source, others = _split_source(options)
-    manifest = run_fit(source, layers=numbers, **others)
+    job = prepare(spec, [*overrides, *_AT_FULL_DEPTH])
+    check_prompts(job)
+    manifest = run_fit(
+        job.spec,
+        job.model,
+        job.plan.fields,
+        folder,
+        FitOptions(layers=numbers, **options),
+        lambda line: click.echo(line, err=True),
+    )
     if as_json:
         echo_json(manifest)
     else:

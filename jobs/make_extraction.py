@@ -16,17 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent
+PEOPLE = HERE / "material" / "people.txt"
 
-FIRST_NAMES = """Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karim Laura Marco Nadia
-Oscar Paula Quentin Rosa Stefan Tara Ursula Viktor Wanda Xenia Yusuf Zoe Amir Bianca Cedric Doris
-Emil Fatima""".split()
-LAST_NAMES = """Keller Novak Moreau Rossi Tanaka Silva Jensen Okafor Petrov Lindqvist Garcia Schmidt
-Dubois Haddad Kowalski Brown Costa Ivanova Murphy Yilmaz Larsen Weber Fontaine Mbeki Sato Horvat
-Olsen Bauer Conti Walsh""".split()
-CITIES = """Lisbon Vienna Oslo Prague Turin Lyon Bergen Krakow Porto Dublin Ghent Basel Seville Riga
-Graz Leeds Bremen Nantes Split Cairo Lagos Kyoto Boston Denver Lima Quito Hanoi Perth""".split()
-JOBS = """architect nurse violinist carpenter geologist pilot chemist baker journalist teacher
-engineer painter lawyer gardener translator""".split()
 SENTENCES = [
     "{name}, {job}, moved to {city} in {year}.",
     "In {year} {name} opened a small studio in {city} and worked there as {job}.",
@@ -47,10 +38,13 @@ SCHEMA = pa.schema(
 def rows(count: int, seed: int) -> list[dict[str, str]]:
     """Texts, and the answer to each as JSON."""
     rng = random.Random(seed)
+    first_names, last_names, cities, jobs = (
+        line.partition(": ")[2].split(", ") for line in PEOPLE.read_text().splitlines()
+    )
     out = []
     for number in range(count):
-        name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
-        city, job, year = rng.choice(CITIES), rng.choice(JOBS), rng.randrange(1900, 2024)
+        name = f"{rng.choice(first_names)} {rng.choice(last_names)}"
+        city, job, year = rng.choice(cities), rng.choice(jobs), rng.randrange(1900, 2024)
         article = "an" if job[0] in "aeiou" else "a"
         text = rng.choice(SENTENCES).format(
             name=name, city=city, year=year, job=f"{article} {job}", bare=job
@@ -61,6 +55,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "notes")
     parser.add_argument("--rows", type=int, default=2000)

@@ -75,6 +75,7 @@ class FittedExits:
         bridges: by kind of token and exit layer; `prompt` at the first exit layer only.
         proposal: proposes the ids to keep at the first exit layer.
         tail: tokens at the end of a prompt that run at full depth even where a prompt is bridged.
+        lead: tokens at its beginning that do: what all prompts shared.
         facts: what made it: data, settings, figures; written as they are.
     """
 
@@ -86,6 +87,7 @@ class FittedExits:
     bridges: Mapping[tuple[Kind, int], Bridge] = field(default_factory=dict)
     proposal: LowRankProposal | None = None
     tail: int = 1
+    lead: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -100,6 +102,7 @@ class FittedExits:
             "hidden_size": self.hidden_size,
             "exit_layers": list(self.exit_layers),
             "tail": self.tail,
+            "lead": self.lead,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             **self.facts,
         }
@@ -153,6 +156,7 @@ _OWN_FIELDS = (
     "hidden_size",
     "exit_layers",
     "tail",
+    "lead",
     "weights_sha256",
 )
 
@@ -187,5 +191,6 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
         bridges=bridges,
         proposal=proposal,
         tail=int(manifest["tail"]),
+        lead=int(manifest["lead"]),
         facts={name: value for name, value in manifest.items() if name not in _OWN_FIELDS},
     )

@@ -27,11 +27,6 @@ SCRATCH_PAGE = 0
 """Page 0 belongs to nobody: rows that only pad a batch write there."""
 
 
-def pages_for(num_positions: int, page_size: int = PAGE_SIZE) -> int:
-    """Pages that hold `num_positions` tokens."""
-    return -(-num_positions // page_size)
-
-
 class KvPool:
     """Keys, values and hidden states of all resident sequences.
 
@@ -131,7 +126,7 @@ class KvPool:
 
     def pages_for(self, num_positions: int) -> int:
         """Pages that hold `num_positions` tokens."""
-        return pages_for(num_positions, self.page_size)
+        return -(-num_positions // self.page_size)
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether the empty pool could take this sequence at its longest."""

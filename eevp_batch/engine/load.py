@@ -174,8 +174,9 @@ def build_engine(
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
-    cut = cut_model(weights, tokenizer, exit, fitted, kernel)
-    return cut.engine(tokenizer, exit, sampling, engine)
+    return cut_model(weights, tokenizer, exit, fitted, kernel).engine(
+        tokenizer, exit, sampling, engine
+    )
 
 
 def cut_model(
@@ -210,7 +211,7 @@ def cut_model(
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))
         if exit.prefill == "bridge":
-            short_prompt = ShortPrompt(exit_layers[0], fitted.tail)
+            short_prompt = ShortPrompt(exit_layers[0], fitted.tail, fitted.lead)
     return CutModel(
         model=model,
         prune_layer=prune_layer,

@@ -141,31 +141,34 @@ class _Rows:
 
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
-        project_positions: list[int] = []
-        project_slots: list[int] = []
+        skipped_positions: list[int] = []
+        skipped_slots: list[int] = []
         origins = []
-        for origin, (positions, slots) in self._project.items():
-            start = len(project_slots)
-            project_positions += self._padded(positions)
-            project_slots += self._padded(slots)
-            origins.append((origin, slice(start, len(project_slots))))
-        columns = [
-            self._padded(self._token_ids if depth == 0 else []),
-            self._padded(self._positions),
-            self._padded(self._slots),
-            [*chain(*scored_rows)],
-            project_positions,
-            project_slots,
-        ]
-        sent = columns_to_device(columns, self._device)
+        for origin, columns in self._project.items():
+            start = len(skipped_slots)
+            skipped_positions += self._padded(columns[0])
+            skipped_slots += self._padded(columns[1])
+            origins.append((origin, slice(start, len(skipped_slots))))
+        sent = columns_to_device(
+            [
+                self._padded(self._token_ids if depth == 0 else []),
+                self._padded(self._positions),
+                self._padded(self._slots),
+                [*chain(*scored_rows)],
+                skipped_positions,
+                skipped_slots,
+            ],
+            self._device,
+        )
+        token_ids, positions, slots, rows, project_positions, project_slots = sent
         return PackedTokens(
-            token_ids=sent[0] if depth == 0 else None,
-            positions=sent[1],
-            slots=sent[2],
+            token_ids=token_ids if depth == 0 else None,
+            positions=positions,
+            slots=slots,
             scored=scored,
-            scored_rows=sent[3],
-            project_positions=sent[4],
-            project_slots=sent[5],
+            scored_rows=rows,
+            project_positions=project_positions,
+            project_slots=project_slots,
             origins=origins,
             spans=self._spans,
             num_tokens=len(self._positions),

@@ -12,14 +12,13 @@ from collections import deque
 from typing import Protocol
 
 from eevp_batch.engine.depth_queues import DepthQueues
+from eevp_batch.engine.filled_prefix import fill_prefix
 from eevp_batch.engine.limits import Limits
-from eevp_batch.engine.packing import pack
 from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Sequence, ShortPrompt
 from eevp_batch.engine.stats import EngineStats
 from eevp_batch.errors import PromptTooLongError
-from eevp_batch.records import Prompt
 
 EXPECT_AFTER = 32
 """Finished generations after which their mean length tells how much memory the next will need."""
@@ -157,23 +156,16 @@ class Residents:
         """Compute the first `length` tokens of a prompt at every depth and keep them."""
         if not length or not self.prefixes.has_room:
             return
-        # Where prompts are cut short a prompt's last token still runs, so there is one more of it.
         num_run = length + 1 if self._short_prompt else length
-        prompt = Prompt("", sequence.token_ids[:num_run])
-        short = self._short_prompt and self._short_prompt._replace(tail=1)
-        prefix = Sequence(prompt, self._model.num_segments, 1, 0, short_prompt=short)
-        shared, num_shared = self.prefixes.best(prefix)
+        shared, num_shared = self.prefixes.best(sequence)
         if not self.pool.can_admit(num_run, num_shared):
             return
-        self.pool.seat_prefix(prefix, shared, num_shared)
-        for depth in range(self._model.num_segments):
-            tokens = pack([prefix], depth, self.pool, self._model.layers.row_multiple)
-            self._model.run_segment(depth, tokens, self.pool)
-            prefix.mark_filled(depth)
-            self._stats.packed_tokens += tokens.num_tokens
-        pages, num_kept = self.pool.unseat_prefix(prefix), self.pool.pages_for(length)
-        self.pool.drop(pages[num_kept:])
-        self.prefixes.keep(sequence.token_ids[:length], pages[:num_kept])
+        token_ids = sequence.token_ids[:num_run]
+        filled = fill_prefix(
+            self._model, self.pool, token_ids, length, self._short_prompt, shared, num_shared
+        )
+        self._stats.packed_tokens += filled.num_packed
+        self.prefixes.keep(token_ids[:length], filled.pages)
 
     def _restart(self, sequence: Sequence) -> None:
         """Send a resident sequence back to its prompt and to the head of the arrivals."""

@@ -33,10 +33,17 @@ class ShortPrompt(NamedTuple):
     Attributes:
         exit_layer: the first exit layer, the last layer that most of the prompt runs.
         tail: tokens at its end, at least one, that run through all layers.
+        lead: tokens at its beginning that do, too: what the prompts of a job share is computed
+            once, so that it costs nothing to have it right.
     """
 
     exit_layer: int
     tail: int
+    lead: int = 0
+
+    def skipped(self, num_prompt: int) -> range:
+        """Positions of a prompt that run no further than the first exit."""
+        return range(self.lead, max(self.lead, num_prompt - self.tail))
 
 
 class Waiting(NamedTuple):
@@ -173,33 +180,38 @@ class Sequence:
         full forward.
         """
         first, front = self.filled[depth], self.front
-        first_run = max(first, self.num_short) if depth else first
+        skipped = self.skipped if depth else range(0)
         first_left = front
         if not self._reruns_waiting:
             first_left = min(max(first, self.num_prompt), front)
         project: dict[Origin, list[int]] = {}
-        if self._short_prompt and first < first_run:
+        if self._short_prompt and first < skipped.stop:
             origin = Origin("prompt", self._short_prompt.exit_layer)
-            project[origin] = [*range(first, first_run)]
+            project[origin] = [*range(max(first, skipped.start), skipped.stop)]
         for position in range(first_left, front):
             exit = self.exits[self.step_of(position)]
             project.setdefault(Origin("generated", exit.exit_layer), []).append(position)
         judges = self._verifies and depth == len(self.filled) - 1
         return Waiting(
-            run=[*range(first_run, first_left), front],
+            run=[
+                *range(first, min(skipped.start, first_left)),
+                *range(max(first, skipped.stop), first_left),
+                front,
+            ],
             project=project,
             scored=range(self._first_unseen if judges else front, front + 1),
         )
 
     @property
-    def num_short(self) -> int:
-        """Leading prompt tokens that run no further than the first exit."""
-        return max(0, self.num_prompt - self._short_prompt.tail) if self._short_prompt else 0
+    def skipped(self) -> range:
+        """Prompt positions that run no further than the first exit."""
+        return self._short_prompt.skipped(self.num_prompt) if self._short_prompt else range(0)
 
     @property
     def max_shared(self) -> int:
         """Most leading tokens that may come from a prefix: what is the same for every prompt."""
-        return self.num_short if self._short_prompt else self.num_prompt - 1
+        tail = self._short_prompt.tail if self._short_prompt else 1
+        return max(0, self.num_prompt - tail)
 
     def step_of(self, position: int) -> int:
         """Number, from 0 on, of the generated token that follows the token at `position`."""

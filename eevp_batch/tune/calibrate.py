@@ -96,12 +96,8 @@ def calibrate(
         UsageError: the job cannot be replayed.
         CalibrationError: no exit before the last layer, no rows, or delta or epsilon out of range.
     """
-    if len(model.exit_layers) < 2:
-        raise CalibrationError("exit.layers: found the last layer alone; allowed: one before it")
-    for name, rows in (("tuning", tuning), ("calibration", calibration)):
-        if not rows:
-            raise CalibrationError(f"{name} rows: found none; allowed: one or more")
-    certify([], delta, epsilon, kind=kind)
+    _check(model, tuning, calibration)
+    least = least_rows(kind, delta, epsilon, seed)
     replay = Replay(model, settings)
     risk = risk or TokenRisk(replay)
     costs = _costs_of(settings, costs)
@@ -123,7 +119,6 @@ def calibrate(
         ),
         certified=None,
     )
-    least = least_rows(kind, delta, epsilon, seed)
     if len(calibration) < least:
         reason = (
             f"{len(calibration)} calibration rows cannot show a risk of at most {delta:g} at "
@@ -131,6 +126,15 @@ def calibrate(
         )
         return replace(result, reason=reason, rows_needed=least)
     return _tested(result, order, risk, calibration, seed, say)
+
+
+def _check(model: SegmentedModel, tuning: Sequence[Row], calibration: Sequence[Row]) -> None:
+    """Refuse what leaves nothing to choose or nothing to test by."""
+    if len(model.exit_layers) < 2:
+        raise CalibrationError("exit.layers: found the last layer alone; allowed: one before it")
+    for name, rows in (("tuning", tuning), ("calibration", calibration)):
+        if not rows:
+            raise CalibrationError(f"{name} rows: found none; allowed: one or more")
 
 
 def least_rows(kind: PValueKind, delta: float, epsilon: float, seed: int = 0) -> int:

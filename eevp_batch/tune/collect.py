@@ -42,9 +42,13 @@ class _Collector:
     """Adds passes up."""
 
     def __init__(
-        self, model: SegmentedModel, exit_layers: Sequence[int], prompt_bridge: bool
+        self,
+        model: SegmentedModel,
+        exit_layers: Sequence[int],
+        prompt_bridge: bool,
+        lead: int,
     ) -> None:
-        self._model, self._exits = model, list(exit_layers)
+        self._model, self._exits, self._lead = model, list(exit_layers), lead
         origins: list[tuple[Kind, int]] = [("generated", e) for e in self._exits]
         if prompt_bridge:
             origins.append(("prompt", self._exits[0]))
@@ -80,7 +84,7 @@ class _Collector:
                     self._bridges[origin].add_target(layer + 1, columns, picked)
 
     def _unseen(self, forced: ForcedPass) -> torch.Tensor:
-        """Prompt tokens whose beginning no earlier row shared.
+        """Prompt tokens behind the lead whose beginning no earlier row shared.
 
         A shared beginning has the same states in every row; counted each time, a long template
         would drown what differs.
@@ -88,9 +92,12 @@ class _Collector:
         unseen, places = [], iter(forced.prompt.tolist())
         for row in forced.rows:
             beginning = 0
-            for token_id, place in zip(row.prompt_ids, places, strict=False):
+            for position, token_id in enumerate(row.prompt_ids):
                 beginning = hash((beginning, token_id))
-                if beginning not in self._seen:
+                if position < forced.num_shared:
+                    continue
+                place = next(places)
+                if position >= self._lead and beginning not in self._seen:
                     self._seen.add(beginning)
                     unseen.append(place)
         return torch.tensor(unseen, dtype=torch.int64, device=self._model.device)
@@ -120,6 +127,7 @@ def collect(
     rows: Sequence[Row],
     exit_layers: Sequence[int],
     prompt_bridge: bool = True,
+    lead: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Collected:
     """Run rows through all layers and keep what the fits need.
@@ -129,9 +137,10 @@ def collect(
         rows: one or more.
         exit_layers: increasing, the last layer apart.
         prompt_bridge: whether tokens of prompts are summed too, at the first exit.
+        lead: tokens at the beginning of prompts that are not: they will run at full depth.
         on_progress: told how many rows are done, and of how many.
     """
-    collector, done = _Collector(model, exit_layers, prompt_bridge), 0
+    collector, done = _Collector(model, exit_layers, prompt_bridge, lead), 0
     for forced in forced_passes(model, rows):
         collector.add(forced)
         done += len(forced.rows)

@@ -13,12 +13,21 @@ from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import FittedExitsError, UsageError
-from eevp_batch.fitted_config import read_manifest
+from eevp_batch.fitted_config import read_manifest, refuse_sampling
 from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
-from eevp_batch.spec import Dtype, EngineSpec, InputSpec, ModelSpec, PromptSpec, SamplingSpec
+from eevp_batch.spec import (
+    Dtype,
+    EngineSpec,
+    InputSpec,
+    JobSpec,
+    ModelSpec,
+    PromptSpec,
+    SamplingSpec,
+)
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import measured_costs
 from eevp_batch.tune.fit import FitSettings, fit_exits, split_rows
+from eevp_batch.tune.job_rows import drawn_prompts, output_rows
 from eevp_batch.tune.outputs import full_depth_engine, generate_rows
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
@@ -131,25 +140,47 @@ def _heads_of(folder: str, model_hash: str) -> Mapping[int, Affine]:
     return fitted.heads
 
 
-def run_fit(
-    source: Source,
-    folder: str,
-    *,
-    layers: Sequence[int],
-    target: float,
-    bridge_rank: int | None,
-    proposal_rank: int,
-    say: Say,
-) -> dict[str, Any]:
-    """Fit exits to a model's own generations and write them.
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """How exits are fitted for a job.
 
-    Args:
-        source: model and prompts.
-        folder: where they go.
+    Attributes:
+        rows: how many rows are drawn from the job's input.
+        source: a finished full-depth output of the same job to draw from; None: rows are generated.
         layers: exit layers, the last layer apart; none: they are searched.
         target: share of all tokens that has to stay as at full depth, for the search.
         bridge_rank: of low-rank bridges; None: full maps.
         proposal_rank: of the proposal.
+        tail: prompt tokens at the end that run at full depth where prompts are bridged.
+        seed: of the choice of rows.
+    """
+
+    rows: int
+    source: str | None
+    layers: Sequence[int]
+    target: float
+    bridge_rank: int | None
+    proposal_rank: int
+    tail: int
+    seed: int
+
+
+def run_fit(
+    spec: JobSpec,
+    config: ModelConfig,
+    fields: Mapping[str, Any],
+    folder: str,
+    options: FitOptions,
+    say: Say,
+) -> dict[str, Any]:
+    """Fit exits to what a job's model generates for its own prompts, and write them.
+
+    Args:
+        spec: the job, at full depth.
+        config: its model.
+        fields: of its plan, by dotted name.
+        folder: where they go.
+        options: how.
         say: progress.
 
     Returns:
@@ -158,32 +189,60 @@ def run_fit(
     Raises:
         UsageError: something cannot be read, or no exit is worth taking.
     """
-    found = full_depth_outputs(source, say)
+    refuse_sampling(spec)
+    tokenizer = load_tokenizer(config, spec.model)
+    encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, prompt_room(spec.sampling, config))
+    weights = load_weights(spec.model, config)
+    model = SegmentedModel(weights, [config.num_layers])
+    draw = (options.rows, options.seed)
+    if options.source is not None:
+        rows = output_rows(options.source, fields, encoder, *draw)
+    else:
+        prompts = drawn_prompts(spec.input, encoder, *draw)
+        engine = full_depth_engine(weights, model, tokenizer, spec.sampling, spec.engine)
+        say(f"generating for {len(prompts)} prompts at full depth")
+        rows = generate_rows(engine, prompts)
     facts: dict[str, Any] = {
-        "prompts": source.prompts,
-        "max_new_tokens": source.max_new_tokens,
-        "stop": list(source.stop),
-        "dtype": source.dtype,
+        "input": spec.input.path,
+        "from": options.source,
+        "seed": options.seed,
+        "sampling": spec.sampling.model_dump(mode="json"),
+        "dtype": spec.model.dtype,
     }
+    layers = sorted(options.layers)
     if not layers:
-        say("searching exit layers")
-        ranks = {"proposal_rank": proposal_rank, "bridge_rank": bridge_rank}
-        costs = measured_costs(found.model, 64, **ranks)
-        best = choose_exits(found.model, found.rows, costs, target)[0]
-        if not best.layers:
-            raise UsageError(
-                f"exit layers: found none that pays at {target:.1%} unchanged tokens on these "
-                "prompts; allowed: --layers names them all the same"
-            )
-        say(f"exits after {', '.join(map(str, best.layers))}: predicted {best.speed:.2f} times")
-        facts["search"] = best.to_json()
-        layers = best.layers
-    settings = FitSettings(sorted(layers), bridge_rank=bridge_rank, proposal_rank=proposal_rank)
+        layers, facts["search"] = _searched(model, rows, options, say)
+    settings = FitSettings(
+        layers,
+        bridge_rank=options.bridge_rank,
+        proposal_rank=options.proposal_rank,
+        tail=options.tail,
+        seed=options.seed,
+    )
 
     def tell(stage: str, done: int, total: int) -> None:
         if done == total:
             say(f"{stage}: done")
 
-    exits = fit_exits(found.model, found.config.content_hash, found.rows, settings, facts, tell)
-    exits.save(Path(folder))
+    fit_exits(model, config.content_hash, rows, settings, facts, tell).save(Path(folder))
     return read_manifest(Path(folder))
+
+
+def _searched(
+    model: SegmentedModel, rows: Sequence[Row], options: FitOptions, say: Say
+) -> tuple[list[int], dict[str, Any]]:
+    """The exit layers that are predicted to pay most, and the prediction.
+
+    Raises:
+        UsageError: none pays.
+    """
+    say("searching exit layers")
+    ranks = {"proposal_rank": options.proposal_rank, "bridge_rank": options.bridge_rank}
+    best = choose_exits(model, rows, measured_costs(model, 64, **ranks), options.target)[0]
+    if not best.layers:
+        raise UsageError(
+            f"exit layers: found none that pays at {options.target:.1%} unchanged tokens on these "
+            "prompts; allowed: --layers names them all the same"
+        )
+    say(f"exits after {', '.join(map(str, best.layers))}: predicted {best.speed:.2f} times")
+    return sorted(best.layers), best.to_json()

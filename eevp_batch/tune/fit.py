@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from eevp_batch.engine.proposals import LowRankProposal, fit_low_rank
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import UsageError
+from eevp_batch.tune.beginnings import Beginning
 from eevp_batch.tune.bridges import fit_bridge
 from eevp_batch.tune.collect import Collected, collect
 from eevp_batch.tune.head_training import HeadSettings, fit_head, head_figures
@@ -40,6 +41,7 @@ class FitSettings:
         bridge_rank: of low-rank bridges; None: full maps.
         proposal_rank: of the proposal for the pruned vocabulary; None: no proposal.
         tail: prompt tokens that always run at full depth where prompts are bridged.
+        lead: tokens at the beginning of prompts that do; None: what all the rows' prompts share.
         heads: how the heads are fitted.
         seed: of the choice of the held-out rows.
     """
@@ -50,6 +52,7 @@ class FitSettings:
     bridge_rank: int | None = None
     proposal_rank: int | None = 128
     tail: int = 1
+    lead: int | None = None
     heads: HeadSettings = field(default_factory=HeadSettings)
     seed: int = 0
 
@@ -94,7 +97,11 @@ def fit_exits(
     fitting, held_out = split_rows(rows, settings.held_out_share, settings.seed)
     steps = _Steps(on_progress)
     started = time.perf_counter()
-    wanted = (settings.exit_layers, settings.prompt_bridge)
+    lead = settings.lead
+    if lead is None:
+        lead = Beginning([row.prompt_ids for row in rows], settings.tail).length
+        settings = replace(settings, lead=lead)
+    wanted = (settings.exit_layers, settings.prompt_bridge, lead)
     seen = collect(model, fitting, *wanted, steps.of("states"))
     judged = collect(model, held_out, *wanted, steps.of("held-out states"))
     states_s = time.perf_counter() - started
@@ -150,6 +157,7 @@ def fit_collected(
         bridges=bridges,
         proposal=proposal,
         tail=settings.tail,
+        lead=settings.lead or 0,
         facts={"data": dict(data or {}), "settings": asdict(settings), "figures": figures},
     )
 

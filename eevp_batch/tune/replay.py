@@ -24,7 +24,8 @@ from eevp_batch.engine.sequence import Sequence as Generation
 from eevp_batch.errors import UsageError
 from eevp_batch.records import Prompt
 from eevp_batch.spec import ExitSpec, SamplingSpec
-from eevp_batch.tune.states import PASS_TOKENS, Row, most_pages, row_groups
+from eevp_batch.tune.beginnings import Beginning
+from eevp_batch.tune.states import PASS_TOKENS, Row, pool_for, row_groups
 
 Thresholds = Sequence[float]
 """One for each exit layer before the last."""
@@ -102,12 +103,15 @@ class Replay:
             For each setting, the rows in their order.
         """
         out: list[list[Replayed | None]] = [[None] * len(rows) for _ in grid]
-        groups = row_groups(rows, self._pass_tokens)
-        num_pages = most_pages(rows, groups, self._model.layers.page_size)
-        pool = self._model.make_pool(num_pages, max(map(len, groups)), num_pages)
+        short = self._settings.short_prompt
+        beginning = Beginning([row.prompt_ids for row in rows], short.tail if short else 1)
+        groups = row_groups(rows, self._pass_tokens, beginning.length)
+        pool = pool_for(self._model, rows, groups, beginning.length)
+        beginning.fill(self._model, pool, short)
         rule = self._rule(max(sum(len(rows[n].generated_ids) for n in g) for g in groups))
         for group in groups:
-            one_pass = _Pass(self._model, pool, rule, self._settings, [rows[n] for n in group])
+            of_group = [rows[n] for n in group]
+            one_pass = _Pass(self._model, pool, rule, self._settings, of_group, beginning)
             # Where keys and values end up exact, no setting changes what any exit sees.
             exact = one_pass.full() if self._reruns else None
             for setting, thresholds in enumerate(grid):
@@ -156,6 +160,7 @@ class _Forced(Generation):
         num_segments: D.
         exit_layers: e_1 < ... < e_D.
         short_prompt: see `ShortPrompt`.
+        num_shared: leading tokens whose keys/values are there at every depth.
     """
 
     def __init__(
@@ -164,12 +169,13 @@ class _Forced(Generation):
         num_segments: int,
         exit_layers: Sequence[int],
         short_prompt: ShortPrompt | None,
+        num_shared: int,
     ) -> None:
         super().__init__(
             Prompt("", row.fed_ids), num_segments, 1, 0, "bridge", short_prompt=short_prompt
         )
         self._text_starts = len(row.prompt_ids)
-        self._exit_layers, self._short = exit_layers, short_prompt
+        self._exit_layers, self._short, self._num_shared = exit_layers, short_prompt, num_shared
         self.left_at = [num_segments] * len(row.generated_ids)  # depth at which each token left
 
     def staying(self, depth: int) -> list[int]:
@@ -178,13 +184,13 @@ class _Forced(Generation):
 
     def waiting(self, depth: int) -> Waiting:
         """See `Sequence.waiting`; position t decides generated token t - num_prompt + 1."""
-        num_short = 0
+        prompt = range(self._num_shared, self._text_starts)
+        skipped, project = range(0), dict[Origin, list[int]]()
         if self._short is not None and depth:
-            num_short = max(0, self._text_starts - self._short.tail)
-        run = [*range(num_short, self._text_starts)]
-        project: dict[Origin, list[int]] = {}
-        if self._short is not None and num_short:
-            project[Origin("prompt", self._short.exit_layer)] = [*range(num_short)]
+            skipped = self._short.skipped(self._text_starts)
+            stopped = [position for position in prompt if position in skipped]
+            project = {Origin("prompt", self._short.exit_layer): stopped} if stopped else {}
+        run = [position for position in prompt if position not in skipped]
         for number in range(1, len(self.left_at)):
             position, left = self._text_starts + number - 1, self.left_at[number]
             if left >= depth:
@@ -204,6 +210,7 @@ class _Pass:
         rule: large enough for their generated tokens.
         settings: of the job.
         rows: one or more.
+        beginning: that all of them share, filled.
     """
 
     def __init__(
@@ -213,14 +220,15 @@ class _Pass:
         rule: ExitRule,
         settings: ReplaySettings,
         rows: Sequence[Row],
+        beginning: Beginning,
     ) -> None:
         self._model, self._pool, self._rule, self._settings = model, pool, rule, settings
         self._rows = rows
         self._forced = []
         for row in rows:
             layers, short = model.exit_layers, settings.short_prompt
-            forced = _Forced(row, model.num_segments, layers, short)
-            pool.admit(forced, forced.num_prompt, [])
+            forced = _Forced(row, model.num_segments, layers, short, beginning.length)
+            pool.admit(forced, forced.num_prompt, beginning.pages, beginning.length)
             pool.grow(forced)
             self._forced.append(forced)
         self._first = self._run(0)

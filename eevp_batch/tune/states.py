@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvPool, pages_for
+from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import PackedTokens, pack
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Sequence as Generation
 from eevp_batch.records import Prompt
+from eevp_batch.tune.beginnings import Beginning
 
 PASS_TOKENS = 2048
 """Tokens of a pass: enough for full-speed products, few enough for their states to stay small."""
@@ -51,6 +52,7 @@ class ForcedPass:
     Attributes:
         rows: the rows in the pack.
         row_numbers: their numbers in the list that was given.
+        num_shared: leading tokens of every row that are not in the pack; an earlier one had them.
         prompt: [P] positions that hold a token of a prompt.
         generated: [G] positions that hold a generated token.
         deciding: [S] positions whose next token was generated, row by row.
@@ -60,6 +62,7 @@ class ForcedPass:
 
     rows: Sequence[Row]
     row_numbers: Sequence[int]
+    num_shared: int
     prompt: torch.Tensor
     generated: torch.Tensor
     deciding: torch.Tensor
@@ -89,30 +92,47 @@ def forced_passes(
         rows: in any order; rows of like length share a pass.
         pass_tokens: tokens of a pass; a longer row has one for itself.
     """
+    if not rows:
+        return
     model = model.recut(range(1, model.num_layers + 1))
-    groups = row_groups(rows, pass_tokens)
-    pages = most_pages(rows, groups, model.layers.page_size)
-    most = max(map(len, groups), default=0)
-    pool = model.make_pool(pages, most, pages) if pages else None
+    beginning = Beginning([row.prompt_ids for row in rows])
+    groups = row_groups(rows, pass_tokens, beginning.length)
+    pool = pool_for(model, rows, groups, beginning.length)
+    if beginning.length:  # once as part of a row, so that its states are seen as well
+        yield from _pass(model, pool, rows, groups[0][:1], None)
+        beginning.fill(model, pool)
+        groups[0] = groups[0][1:]
     for group in groups:
-        if pool is not None:
-            yield from _pass(model, pool, rows, group)
+        if group:
+            yield from _pass(model, pool, rows, group, beginning)
 
 
-def most_pages(rows: Sequence[Row], groups: Sequence[Sequence[int]], page_size: int) -> int:
-    """Pages that the largest of these groups of rows needs."""
-    return max(
-        (sum(pages_for(len(rows[n].fed_ids), page_size) for n in group) for group in groups),
-        default=0,
-    )
+def pool_for(
+    model: SegmentedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]], num_shared: int
+) -> KvPool:
+    """A pool that holds the largest group of rows, and the beginning that they share."""
+    size = model.layers.page_size
+
+    def pages(count: int) -> int:
+        return -(-count // size)
+
+    most = max(sum(pages(len(rows[number].fed_ids)) for number in group) for group in groups)
+    num_pages = most + pages(num_shared + 1)
+    return model.make_pool(num_pages, max(map(len, groups)), num_pages)
 
 
-def row_groups(rows: Sequence[Row], pass_tokens: int) -> list[list[int]]:
-    """Numbers of the rows that share a pass; short rows first, so that single tokens lead."""
+def row_groups(rows: Sequence[Row], pass_tokens: int, num_shared: int = 0) -> list[list[int]]:
+    """Numbers of the rows that share a pass; short rows first, so that single tokens lead.
+
+    Args:
+        rows: in any order.
+        pass_tokens: tokens of a pass; a longer row has one for itself.
+        num_shared: leading tokens of every row that do not run.
+    """
     groups: list[list[int]] = []
     room = 0
     for number in sorted(range(len(rows)), key=lambda number: len(rows[number].fed_ids)):
-        cost = pages_for(len(rows[number].fed_ids)) * PAGE_SIZE
+        cost = len(rows[number].fed_ids) - num_shared
         if not groups or cost > room:
             groups.append([])
             room = pass_tokens
@@ -122,14 +142,20 @@ def row_groups(rows: Sequence[Row], pass_tokens: int) -> list[list[int]]:
 
 
 def _pass(
-    model: SegmentedModel, pool: KvPool, rows: Sequence[Row], group: list[int]
+    model: SegmentedModel,
+    pool: KvPool,
+    rows: Sequence[Row],
+    group: list[int],
+    beginning: Beginning | None,
 ) -> Iterator[ForcedPass]:
     """The pass of one group; its pages are given back when the caller comes for the next."""
     sequences = []
+    num_shared = beginning.length if beginning else 0
     for number in group:
         fed = Prompt(number, rows[number].fed_ids)
         sequence = Generation(fed, model.num_segments, max_new_tokens=1, seed=0)
-        pool.admit(sequence, sequence.num_prompt, [])
+        pages = beginning.pages if beginning else []
+        pool.admit(sequence, sequence.num_prompt, pages, num_shared)
         pool.grow(sequence)
         sequences.append(sequence)
     packed = pack(sequences, 0, pool, model.layers.row_multiple)
@@ -140,7 +166,7 @@ def _pass(
     deciding: list[int] = []
     owners: list[int] = []
     for number, span in zip(group, packed.spans, strict=True):
-        border = span.start + len(rows[number].prompt_ids)
+        border = span.start + len(rows[number].prompt_ids) - num_shared
         prompt += range(span.start, border)
         generated += range(border, span.stop)
         deciding += range(border - 1, span.stop)
@@ -153,6 +179,7 @@ def _pass(
     yield ForcedPass(
         rows=[rows[number] for number in group],
         row_numbers=group,
+        num_shared=num_shared,
         prompt=column(prompt),
         generated=column(generated),
         deciding=column(deciding),

@@ -23,6 +23,8 @@ OnRows = Callable[[int, int], None]
 """Told how many rows are done, and of how many."""
 SURVEY_TOKENS = 1024
 """Tokens of a pass; the states after all layers are held until the last one has spoken."""
+QUICK_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Regularisations that are tried for heads that only have to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,12 @@ def quick_heads(
     for rows, before in ((fitting, 0), (held_out, len(fitting))):
         sums.append(_head_sums(model, rows, layers, before, total, on_rows))
     last = model.num_layers
-    return {
-        layer: affine(
-            fit_ridge(Ridge(sums[0][layer]), sums[1][layer], [last]).maps[last], torch.float32
-        )
-        for layer in layers
-    }
+    heads = {}
+    for layer in layers:
+        ridge = Ridge(sums[0][layer])
+        found = fit_ridge(ridge, sums[1][layer], [last], QUICK_PENALTIES)
+        heads[layer] = affine(found.maps[last], torch.float32)
+    return heads
 
 
 def _head_sums(

@@ -14,7 +14,6 @@ from click.testing import CliRunner, Result
 from transformers import AutoTokenizer
 
 from eevp_batch.cli import main
-from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import InputError
@@ -154,34 +153,3 @@ def test_the_command_takes_fitted_heads(
     fit_exits(model, "another", rows, settings).save(tmp_path / "fitted")
     result = run(*command, "--heads", tmp_path / "fitted")
     assert result.exit_code == 2 and "found another" in result.stderr
-
-
-def test_the_command_fits_named_layers(command: list[object], tmp_path: Path) -> None:
-    options = ["--layers", "2,4", "--bridge-rank", 8, "--proposal-rank", 16]
-    result = run(*command, tmp_path / "fitted", *options, command="fit")
-    assert result.exit_code == 0, result.output
-    assert "head after layer 2" in result.stdout and "bridge of prompt tokens" in result.stdout
-    assert "head after layer 4: done" in result.stderr
-    found = FittedExits.load(tmp_path / "fitted")
-    assert found.exit_layers == (2, 4) and found.proposal is not None
-    down = found.bridges["generated", 2].down
-    assert down is not None and down.shape == (8, 32)
-
-
-def test_the_command_searches_layers(tmp_path: Path, tiny_llama: Path) -> None:
-    done = without_layers(tiny_llama, after=2, save=tmp_path / "model")
-    assert done.num_layers == NUM_LAYERS
-    write_prompts(tmp_path / "in.parquet", 40)
-    options = ["--column", "text", "--rows", 40, "--max-new-tokens", 12, "--dtype", "float32"]
-    source = [tmp_path / "model", tmp_path / "in.parquet", *options]
-    result = run(*source, tmp_path / "fitted", "--json", command="fit")
-    assert result.exit_code == 0, result.output
-    manifest = json.loads(result.stdout)
-    assert manifest["exit_layers"][0] >= 2
-    assert manifest["data"]["search"]["layers"] == manifest["exit_layers"]
-
-
-@pytest.mark.parametrize("layers", ["2;4", "a", "2,,4"])
-def test_layers_that_are_no_numbers(command: list[object], tmp_path: Path, layers: str) -> None:
-    result = run(*command, tmp_path / "fitted", "--layers", layers, command="fit")
-    assert result.exit_code == 2 and "--layers: found" in result.stderr

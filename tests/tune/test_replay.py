@@ -136,6 +136,25 @@ def test_the_order_of_settings_and_the_size_of_passes_change_nothing(
         ]
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=str)
+def test_a_shared_beginning_is_replayed_as_it_was_run(
+    case: dict[str, Any], tiny_model_path: Any, prompts: list[Prompt]
+) -> None:
+    path, layers, thresholds = tiny_model_path("llama"), [2, 4], [0.25, 0.4]
+    shared = [5 + number % 200 for number in range(60)]
+    prompts = [Prompt(p.row_id, [*shared, *p.token_ids]) for p in prompts]
+    exits, fitted = exit_spec(layers, thresholds, **case), tiny_fitted(path, layers)
+    engine = engine_for(path, exits, fitted)
+    engine_said = run(engine, prompts)
+    assert engine.stats.shared_tokens, "the engine shares it too"
+    replay = replay_for(path, layers, exits, fitted, pass_tokens=100)
+    found = replay.run(rows_of(prompts, engine_said), [thresholds])[0]
+    for prompt, replayed in zip(prompts, found, strict=True):
+        expected = engine_said[prompt.row_id, 0]
+        assert replayed.token_ids == expected.token_ids
+        assert replayed.exit_layers == [exit.exit_layer for exit in expected.exits]
+
+
 @pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"repetition_penalty": 1.2}])
 def test_what_cannot_be_replayed_is_refused(
     setting: dict[str, float], tiny_model_path: Any

@@ -71,6 +71,29 @@ def test_positions_are_labelled_by_what_they_hold_and_by_what_follows(tiny_llama
         assert lengths == {n: len(rows[n].generated_ids) for n in forced.row_numbers}
 
 
+def test_a_beginning_that_rows_share_is_run_once(any_tiny_model: Path) -> None:
+    shared = [5 + number % 200 for number in range(50)]
+    rows = [Row([*shared, *row.prompt_ids], row.generated_ids) for row in random_rows()]
+    model = SegmentedModel(load_model(any_tiny_model), [NUM_LAYERS])
+    states: dict[bool, dict[int, torch.Tensor]] = {True: {}, False: {}}
+    num_fed = 0
+    for is_shared in (True, False):
+        # With no two rows in one list nothing is shared.
+        lists = [rows] if is_shared else [[row] for row in rows]
+        for offset, some in enumerate(lists):
+            for forced in forced_passes(model, some, 300):
+                last = dict(forced.layers())[NUM_LAYERS][forced.deciding]
+                num_fed += len(forced.prompt) if is_shared else 0
+                for number in forced.row_numbers:
+                    states[is_shared][offset + number] = last[forced.owners == number]
+    assert num_fed == sum(len(row.prompt_ids) for row in rows) - 50 * (len(rows) - 1)
+    assert states[True].keys() == states[False].keys() == set(range(len(rows)))
+    for number in range(len(rows)):
+        torch.testing.assert_close(
+            states[True][number], states[False][number], atol=1e-4, rtol=1e-4
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_projected_keys_and_values_are_the_layers_own(
     any_tiny_model: Path, dtype: torch.dtype

@@ -1,0 +1,77 @@
+"""`eevp-batch fit`: from a job to a folder of fitted exits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from eevp_batch.cli import main
+from eevp_batch.engine.fitted import FittedExits
+from tests.tiny_models import NUM_LAYERS
+from tests.tune.rows import without_layers
+
+
+def job_file(folder: Path, model: Path, **exit: Any) -> Path:
+    """A job over 40 prompts; its input is written beside it."""
+    texts = [f"the fox number {row}" for row in range(40)]
+    pq.write_table(pa.table({"id": range(40), "prompt": texts}), folder / "in.parquet")
+    job = {
+        "input": {"path": "in.parquet"},
+        "model": {"path": str(model), "dtype": "float32"},
+        "exit": exit,
+        "sampling": {"max_new_tokens": 12},
+        "output": {"path": "out"},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return folder / "job.yaml"
+
+
+def fit(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["fit", *map(str, arguments)])
+
+
+def test_named_layers_are_fitted(tmp_path: Path, tiny_llama: Path) -> None:
+    """The job already says what it will use; that it is not there yet does not matter."""
+    job = job_file(tmp_path, tiny_llama, heads="fitted", kv="bridge", prefill="bridge")
+    options = ["--layers", "2,4", "--bridge-rank", 8, "--proposal-rank", 16, "--tail", 2]
+    result = fit(job, tmp_path / "fitted", *options, "--rows", 20)
+    assert result.exit_code == 0, result.output
+    assert "head after layer 2" in result.stdout and "bridge of prompt tokens" in result.stdout
+    assert "generating for 20 prompts" in result.stderr
+    assert "head after layer 4: done" in result.stderr
+    found = FittedExits.load(tmp_path / "fitted")
+    assert (found.exit_layers, found.tail) == ((2, 4), 2)
+    assert found.proposal is not None
+    down = found.bridges["generated", 2].down
+    assert down is not None and down.shape == (8, 32)
+    valid = CliRunner().invoke(main, ["validate", str(job)])
+    assert valid.exit_code == 0, valid.output
+
+
+def test_layers_are_searched(tmp_path: Path, tiny_llama: Path) -> None:
+    done = without_layers(tiny_llama, after=2, save=tmp_path / "model")
+    assert done.num_layers == NUM_LAYERS
+    result = fit(job_file(tmp_path, tmp_path / "model"), tmp_path / "fitted", "--json")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout)
+    assert manifest["exit_layers"][0] >= 2
+    assert manifest["data"]["search"]["layers"] == manifest["exit_layers"]
+
+
+@pytest.mark.parametrize("layers", ["2;4", "a", "2,,4"])
+def test_layers_that_are_no_numbers(tmp_path: Path, tiny_llama: Path, layers: str) -> None:
+    result = fit(job_file(tmp_path, tiny_llama), tmp_path / "fitted", "--layers", layers)
+    assert result.exit_code == 2 and "--layers: found" in result.stderr
+
+
+def test_a_job_that_samples_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    job = job_file(tmp_path, tiny_llama)
+    result = fit(job, tmp_path / "fitted", "--set", "sampling.temperature=0.7")
+    assert result.exit_code == 2 and "temperature" in result.stderr

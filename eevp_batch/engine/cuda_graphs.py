@@ -74,32 +74,30 @@ class Bucket(NamedTuple):
     Attributes:
         depth: 0-based segment.
         num_rows: rows of the pack.
-        num_projected: tokens that are only projected.
+        origins: where the tokens that are only projected have stopped, and how many they are.
         num_pages: pages of the longest sequence.
-        origin: of the projected tokens, where a bridge asks for it.
     """
 
     depth: int
     num_rows: int
-    num_projected: int
+    origins: tuple[tuple[Origin, int], ...]
     num_pages: int
-    origin: Origin | None
 
     @classmethod
-    def of(cls, depth: int, tokens: PackedTokens, lookup: Lookup, origin: Origin | None) -> Bucket:
+    def of(cls, depth: int, tokens: PackedTokens, lookup: Lookup) -> Bucket:
         """The smallest bucket that holds a pack.
 
-        At most a quarter of the rows is padding once there are many. The other two cost less to
-        pad, and vary more: they are powers of two.
+        At most a third of the rows is padding once there are many. The others cost less to pad,
+        and vary more: they are powers of two.
         """
-        num_rows, num_projected = tokens.num_rows, len(tokens.project_slots)
+        num_rows = tokens.num_rows
+        origins = sorted((origin, rows.stop - rows.start) for origin, rows in tokens.origins)
         step = max(FEWEST_ROWS, _power_of_two(num_rows) // 4)
         return cls(
             depth=depth,
             num_rows=-(-num_rows // step) * step,
-            num_projected=max(FEWEST_ROWS, _power_of_two(num_projected)) if num_projected else 0,
+            origins=tuple((origin, _power_of_two(number)) for origin, number in origins),
             num_pages=_power_of_two(lookup.tables.shape[1]),
-            origin=origin,
         )
 
 
@@ -123,6 +121,10 @@ class _Frame:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         rows = bucket.num_rows
+        origins, num_projected = [], 0
+        for origin, number in bucket.origins:
+            origins.append((origin, slice(num_projected, num_projected + number)))
+            num_projected += number
         lookup = Lookup(
             starts=torch.arange(rows + 1, dtype=torch.int32, device=device),
             lengths=zeros(rows, dtype=torch.int32) + 1,
@@ -135,9 +137,9 @@ class _Frame:
             slots=zeros(rows),
             scored=[],
             scored_rows=zeros(rows),
-            project_positions=zeros(bucket.num_projected),
-            project_slots=zeros(bucket.num_projected),
-            origins=[(bucket.origin, slice(None))] if bucket.origin else [],
+            project_positions=zeros(num_projected),
+            project_slots=zeros(num_projected),
+            origins=origins,
             spans=[],
             num_tokens=rows,
             lookup=lookup,
@@ -146,8 +148,13 @@ class _Frame:
 
     def fill(self, tokens: PackedTokens, lookup: Lookup) -> None:
         """Take the contents of a pack that the bucket holds."""
-        for name in ("positions", "slots", "scored_rows", "project_positions", "project_slots"):
+        for name in ("positions", "slots", "scored_rows"):
             _fill(getattr(self.tokens, name), getattr(tokens, name))
+        there = dict(self.tokens.origins)
+        for origin, rows in tokens.origins:
+            for name in ("project_positions", "project_slots"):
+                kept: torch.Tensor = getattr(self.tokens, name)
+                _fill(kept[there[origin]], getattr(tokens, name)[rows])
         if self.tokens.token_ids is not None and tokens.token_ids is not None:
             _fill(self.tokens.token_ids, tokens.token_ids)
         num_rows, num_pages = lookup.tables.shape
@@ -183,11 +190,10 @@ class SegmentRunner:
     def run(self, depth: int, tokens: PackedTokens) -> SegmentOutput:
         """See `SegmentedModel.run_segment`; the output is overwritten by the next run."""
         is_decode = len(tokens.spans[-1].positions) == 1  # sequences with more rows come last
-        origins = tokens.origins if self._model.layers.bridges is not None else []
-        if self._recorder is None or not is_decode or len(origins) > 1:
+        if self._recorder is None or not is_decode:
             return self._model.run_segment(depth, tokens, self._pool)
         lookup = look_up(tokens, self._pool)
-        bucket = Bucket.of(depth, tokens, lookup, origins[0][0] if origins else None)
+        bucket = Bucket.of(depth, tokens, lookup)
         frame = self._frames.get(bucket) or self._recorded(bucket, self._recorder)
         if frame is None:
             return self._model.run_segment(depth, replace(tokens, lookup=lookup), self._pool)

@@ -54,7 +54,7 @@ def make_engine(
         exits,
         sampling or SamplingSpec(max_new_tokens=NEW_TOKENS),
         EngineSpec(max_batch=max_batch, **(limits or {"max_resident": 3 * max_batch})),
-        kernel,
+        kernel=kernel,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import Affine, Bridge, FittedExits
 from eevp_batch.engine.load import build_engine
@@ -75,6 +76,7 @@ def bridged_engine(
     max_batch: int = 5,
     limits: dict[str, Any] | None = None,
     threshold: float = 0.3,
+    kernel: Kernel | None = None,
     **exit: Any,
 ) -> Engine:
     vocab = exit.pop("vocab", VocabSpec(top_k=32))
@@ -86,6 +88,7 @@ def bridged_engine(
         SamplingSpec(max_new_tokens=NEW_TOKENS),
         EngineSpec(max_batch=max_batch, **(limits or {"max_resident": 3 * max_batch})),
         fitted,
+        kernel,
     )
 
 

@@ -18,10 +18,16 @@ from torch.nn.attention import flex_attention as flex
 from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.cuda_graphs import Again, Bucket, Recorder, SegmentRunner, recorder_for
 from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.fitted import Bridge
 from eevp_batch.engine.packing import Lookup, PackedTokens
 from eevp_batch.engine.paged_kernels import Flex
+from eevp_batch.engine.sequence import Kind, Origin
 from eevp_batch.records import Prompt
-from tests.engine.conftest import make_engine, run
+from eevp_batch.spec import SamplingSpec
+from tests.engine.conftest import load_model, make_engine, run
+from tests.engine.test_bridges import LAYERS, bridged_engine, exits_of, fitted_for, random_bridge
+
+EARLY, LATE = Origin("generated", 2), Origin("generated", 4)
 
 
 class Refuses:
@@ -55,7 +61,15 @@ def small_pages() -> Kernel:
 
 
 def make_recording(path: Path, recorder: Recorder | None, **settings: Any) -> Engine:
-    engine = make_engine(path, kernel=small_pages(), threshold=0.35, layers=[2, 4], **settings)
+    engine = make_engine(
+        path,
+        kernel=small_pages(),
+        threshold=0.35,
+        layers=LAYERS,
+        sampling=SamplingSpec(max_new_tokens=12),
+        limits={"max_resident": 5},  # a small pool: Flex as written looks at all of it
+        **settings,
+    )
     engine.runner = SegmentRunner(engine._model, engine.pool, recorder)
     return engine
 
@@ -69,7 +83,7 @@ def run_flex_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_runs_give_what_direct_runs_give(
     tiny_llama: Path, prompts: list[Prompt], kv: str
 ) -> None:
-    few = prompts[:10]
+    few = prompts[:7]
     expected = run(make_recording(tiny_llama, None, kv=kv), few)
     counts = Counts()
     engine = make_recording(tiny_llama, counts, kv=kv)
@@ -81,10 +95,27 @@ def test_recorded_runs_give_what_direct_runs_give(
         assert found[key].exit_confidences == near
     buckets = engine.runner.buckets
     assert counts.recorded == len(buckets) > 3
-    assert counts.repeated > 3 * counts.recorded, "a recording is used again and again"
+    assert counts.repeated > 2 * counts.recorded, "a recording is used again and again"
     assert {bucket.depth for bucket in buckets} == {0, 1, 2}
-    projects = {bucket.num_projected > 0 for bucket in buckets}
+    projects = {bool(bucket.origins) for bucket in buckets}
     assert projects == ({False, True} if kv == "propagate" else {False})
+
+
+def test_a_recording_has_its_bridges_by_origin(tiny_llama: Path, prompts: list[Prompt]) -> None:
+    model = load_model(tiny_llama)
+    bridges: dict[tuple[Kind, int], Bridge] = {
+        ("generated", layer): random_bridge(model, layer) for layer in LAYERS
+    }
+    fitted = fitted_for(model, bridges)
+    engines = [
+        bridged_engine(tiny_llama, fitted, kernel=small_pages(), limits={"max_resident": 5})
+        for _ in range(2)
+    ]
+    engines[1].runner = SegmentRunner(engines[1]._model, engines[1].pool, Counts())
+    expected, found = (exits_of(run(engine, prompts[:6])) for engine in engines)
+    assert found == expected
+    seen = {origin for bucket in engines[1].runner.buckets for origin, _ in bucket.origins}
+    assert seen == {EARLY, LATE}, "tokens of both exits were bridged in recorded runs"
 
 
 def test_an_engine_goes_on_where_recording_fails(
@@ -120,7 +151,8 @@ def test_nothing_is_recorded_beyond_the_most_graphs(
 def bucket_of(num_rows: int, num_projected: int, num_pages: int) -> Bucket:
     rows = torch.zeros(num_rows, dtype=torch.int64)
     waiting = torch.zeros(num_projected, dtype=torch.int64)
-    tokens = PackedTokens(rows, rows, rows, [], rows, waiting, waiting, [], num_rows)
+    origins = [(LATE, slice(0, num_projected))] if num_projected else []
+    tokens = PackedTokens(rows, rows, rows, [], rows, waiting, waiting, origins, [], num_rows)
     tables = torch.zeros(num_rows, num_pages, dtype=torch.int32)
     return Bucket.of(1, tokens, Lookup(rows, rows, tables, 1))
 
@@ -129,7 +161,7 @@ def bucket_of(num_rows: int, num_projected: int, num_pages: int) -> Bucket:
     ("sizes", "expected"),
     [
         ((1, 0, 1), (16, 0, 1)),
-        ((16, 1, 2), (16, 16, 2)),
+        ((16, 16, 2), (16, 16, 2)),
         ((17, 17, 3), (32, 32, 4)),
         ((48, 100, 5), (48, 128, 8)),
         ((65, 128, 8), (96, 128, 8)),
@@ -140,7 +172,23 @@ def bucket_of(num_rows: int, num_projected: int, num_pages: int) -> Bucket:
 def test_a_bucket_is_a_little_larger_than_its_packs(
     sizes: tuple[int, int, int], expected: tuple[int, int, int]
 ) -> None:
-    assert bucket_of(*sizes) == (1, *expected)
+    num_rows, num_projected, num_pages = expected
+    origins = ((LATE, num_projected),) if num_projected else ()
+    assert bucket_of(*sizes) == (1, num_rows, origins, num_pages)
+
+
+def test_the_order_of_origins_makes_no_bucket() -> None:
+    rows = torch.zeros(48, dtype=torch.int64)
+    tables = torch.zeros(48, 2, dtype=torch.int32)
+    buckets = set()
+    for sizes in ({LATE: 16, EARLY: 32}, {EARLY: 32, LATE: 16}):
+        start, origins = 0, []
+        for origin, size in sizes.items():
+            origins.append((origin, slice(start, start + size)))
+            start += size
+        tokens = PackedTokens(rows, rows, rows, [], rows, rows, rows, origins, [], 48)
+        buckets.add(Bucket.of(1, tokens, Lookup(rows, rows, tables, 1)))
+    assert len(buckets) == 1
 
 
 def test_there_are_few_buckets_and_little_padding() -> None:

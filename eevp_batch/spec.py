@@ -271,6 +271,23 @@ class RunSpec(_Section):
     """Share of error rows above which the job ends with exit code 3."""
 
 
+class AuditSpec(_Section):
+    """Which rows are also generated at full depth, to see what the exits change."""
+
+    full_depth_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of rows, chosen by sampling.seed and row id, that all layers generate too; none."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of differing tokens from which on it warns; what was certified, else never."""
+    stop_exits: bool = False
+    """Whether chunks that start after the warning run at full depth."""
+
+    @model_validator(mode="after")
+    def _stops_on_what_it_sees(self) -> AuditSpec:
+        if self.stop_exits and not self.full_depth_fraction:
+            raise refused("stop_exits", "true", "false where audit.full_depth_fraction is 0")
+        return self
+
+
 class OutputSpec(_Section):
     """Where the output goes."""
 
@@ -309,6 +326,8 @@ class JobSpec(_Section):
     """How many replicas run."""
     run: RunSpec = RunSpec()
     """How work is cut, retried and judged."""
+    audit: AuditSpec = AuditSpec()
+    """Which rows are also generated at full depth."""
     output: OutputSpec
     """Where the output goes."""
 
@@ -332,4 +351,13 @@ class JobSpec(_Section):
         if not any(given):
             allowed = "a column, where neither input.messages_column nor prompt.template is given"
             raise refused("input.prompt_column", "null", allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _audits_exits(self) -> JobSpec:
+        if self.exit.mode == "off" and self.audit.full_depth_fraction:
+            found, allowed = self.audit.full_depth_fraction, "0 where exit.mode is off"
+            raise refused("audit.full_depth_fraction", found, allowed)
+        if self.audit.stop_exits and self.audit.delta is None:
+            raise refused("audit.delta", "null", "a share of tokens with audit.stop_exits")
         return self

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries
 from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
-from eevp_batch.records import ChunkStats
+from eevp_batch.records import ChunkStats, Phase
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan
@@ -40,6 +41,7 @@ class Coordinator:
         totals: what they add up to.
         on_progress: called about once a second, and once at the end.
         on_message: told in one sentence what a person wants to know as it happens.
+        audit: looks at what audited rows say.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class Coordinator:
         totals: ChunkStats,
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
+        audit: AuditWatch,
     ) -> None:
         self._spec, self._plan, self._fleet = spec, plan, fleet
         self._committer, self._events = committer, events
         self._on_progress, self._on_message = on_progress, on_message
+        self._audit = audit
         to_do = (chunk.chunk_id for chunk in plan.chunks if chunk.chunk_id not in done)
         self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
         self.totals = totals
@@ -165,7 +169,7 @@ class Coordinator:
         return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
 
     def _lease(self, slot: Slot) -> None:
-        lease = self._leases.lease(slot.name)
+        lease = self._leases.lease(slot.name, self._phase)
         if lease is None:
             return
         self._write_event(
@@ -174,8 +178,14 @@ class Coordinator:
             epoch=lease.epoch,
             attempt=lease.attempt_no,
             replica=lease.replica,
+            phase=lease.phase,
         )
         self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
+
+    @property
+    def _phase(self) -> Phase:
+        """Of the next lease."""
+        return "full" if self._spec.exit.mode == "off" or self._audit.is_stopped else "exits"
 
     def _max_leases(self, max_resident: int) -> int:
         """Leases that keep a replica's engine full.
@@ -244,7 +254,15 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
+        self._look_at_audit()
         self._check_error_rate()
+
+    def _look_at_audit(self) -> None:
+        """Say it once when the exits change more than they may."""
+        drift = self._audit.look(self.totals.audit)
+        if drift is not None:
+            self._write_event("audit_drift", **drift.to_json())
+            self._on_message(drift.text)
 
     def _check_error_rate(self) -> None:
         """Stop as soon as it is certain; at the latest the last commit tells."""

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from eevp_batch import __version__
+from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
@@ -177,6 +178,7 @@ class _Run:
             totals=before,
             on_progress=self.on_progress,
             on_message=self.on_message,
+            audit=AuditWatch(self.spec, self.store),
         )
         self.coordinator = coordinator
         interrupts.drain_with(coordinator.drain)
@@ -286,9 +288,9 @@ def _offered() -> dict[str, float]:
 
 def _load(spec: JobSpec, model: ModelConfig, num_threads: int) -> tuple[RowEngine, RowEncoder]:
     # Imported in the replica only: the driver needs no torch.
-    from eevp_batch.engine.load import load_engine
+    from eevp_batch.cluster.engines import load_engines
 
-    return load_engine(spec, model, num_threads)
+    return load_engines(spec, model, num_threads)
 
 
 def _print_message(text: str) -> None:

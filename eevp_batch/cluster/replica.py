@@ -29,7 +29,7 @@ from eevp_batch.cluster.engine_loop import (
 )
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.errors import EevpError, JobFailedError, RowError, UnreadableTextError
-from eevp_batch.records import Prompt, RowFailure
+from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
 from eevp_batch.storage.commit import Attempt, write_attempt
@@ -129,6 +129,7 @@ class Replica:
                 result.failures,
                 self._name,
                 started_unix_s,
+                lease.phase,
             ),
         )
 
@@ -143,6 +144,7 @@ class Replica:
             encoder,
             self._spec.sampling.n,
             lease.epoch,
+            lease.phase,
         )
         return source, ChunkWork(lease.epoch, prompts, failures)
 
@@ -154,6 +156,7 @@ def encode_rows(
     encoder: RowEncoder,
     n: int,
     tag: int,
+    phase: Phase = "exits",
 ) -> tuple[list[Prompt], list[RowFailure]]:
     """Encode each row once, for n samples; a row that cannot be done becomes a failure.
 
@@ -164,6 +167,7 @@ def encode_rows(
         encoder: encodes a row's prompt.
         n: prompts per row.
         tag: goes into each prompt.
+        phase: goes into each prompt.
     """
     prompts: list[Prompt] = []
     failures: list[RowFailure] = []
@@ -175,7 +179,7 @@ def encode_rows(
         except RowError as error:
             failures.append(row_failure(row[id_column], error))
             continue
-        prompts += [Prompt(row[id_column], token_ids, sample, tag) for sample in range(n)]
+        prompts += [Prompt(row[id_column], token_ids, sample, tag, phase) for sample in range(n)]
     return prompts, failures
 
 

@@ -110,6 +110,11 @@ class Engine:
         )
 
     @property
+    def model(self) -> SegmentedModel:
+        """The model, cut at this engine's exit layers."""
+        return self._model
+
+    @property
     def pool(self) -> KvPool:
         """Keys and values."""
         return self._residents.pool

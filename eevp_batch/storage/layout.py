@@ -8,6 +8,7 @@ PLAN = "_eevp/plan.json"
 RESOLVED_SPEC = "_eevp/job.resolved.yaml"
 EVENTS = "_eevp/events.jsonl"
 LOCK = "_eevp/lock"
+EXITS_STOPPED = "_eevp/exits_stopped.json"
 SUCCESS = "_SUCCESS"
 
 META_DIR = "_eevp"

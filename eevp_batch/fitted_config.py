@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eevp_batch.errors import FittedExitsError
-from eevp_batch.model_config import ModelConfig
+from eevp_batch.calibration_file import Binding, Calibration
+from eevp_batch.errors import CalibrationError, FittedExitsError
+from eevp_batch.model_config import ModelConfig, resolve_exit_layers, resolve_prune_layer
 from eevp_batch.spec import ExitSpec, JobSpec
 
 FITTED_FORMAT = 1
@@ -32,6 +33,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != FITTED_FORMAT:
         raise FittedExitsError(f"{path}: format: found {found!r}; allowed: {FITTED_FORMAT}")
     return manifest
+
+
+def with_fitted(spec: JobSpec, model: ModelConfig) -> JobSpec:
+    """The job with the exit layers and thresholds that it leaves to the files that it names.
+
+    Raises:
+        FittedExitsError: the fitted exits belong to another model, or to other layers.
+        CalibrationError: the calibration certifies something else.
+    """
+    return with_certified_thresholds(with_fitted_layers(spec, model), model)
 
 
 def with_fitted_layers(spec: JobSpec, model: ModelConfig) -> JobSpec:
@@ -66,3 +77,76 @@ def heads_hash(exit: ExitSpec) -> str | None:
     if exit.mode == "off" or exit.heads is None:
         return None
     return str(read_manifest(Path(exit.heads))["weights_sha256"])
+
+
+def with_certified_thresholds(spec: JobSpec, model: ModelConfig) -> JobSpec:
+    """The job with the thresholds of its calibration, and its layers where nothing else names any.
+
+    Args:
+        spec: a job whose layers have been taken from its fitted exits, see `with_fitted_layers`.
+        model: its model.
+
+    Raises:
+        CalibrationError: it cannot be read, or the job is not what it certifies.
+    """
+    exit = spec.exit
+    if exit.mode == "off" or exit.calibration is None:
+        return spec
+    path = exit.calibration
+    found = Calibration.load(Path(path))
+    refuse_sampling(spec)
+    if exit.layers == "auto":
+        layers = list(found.binding.exit_layers)
+        exit = exit.model_copy(update={"layers": layers})
+    # Which thresholds a job has changes nothing that it is bound by.
+    free = spec.model_copy(update={"exit": exit.model_copy(update={"threshold": 0.0})})
+    found.refuse_others(job_binding(free, model), path)
+    certified = {"threshold": list(found.thresholds)}
+    return spec.model_copy(update={"exit": exit.model_copy(update=certified)})
+
+
+def refuse_sampling(spec: JobSpec) -> None:
+    """Refuse a job whose tokens are no function of the text alone: nothing certifies those.
+
+    Raises:
+        CalibrationError: it samples, or penalises repetition.
+    """
+    for name, allowed in (("temperature", 0.0), ("repetition_penalty", 1.0)):
+        found = getattr(spec.sampling, name)
+        if found != allowed:
+            raise CalibrationError(
+                f"sampling.{name}: found {found}; allowed: {allowed:g}, for greedy generation "
+                "alone is certified"
+            )
+
+
+def job_binding(spec: JobSpec, model: ModelConfig) -> Binding:
+    """What a calibration of this job holds for.
+
+    Args:
+        spec: a job whose layers have been taken from its fitted exits.
+        model: its model.
+
+    Raises:
+        SpecError: exit layers or prune layer do not fit the model.
+        FittedExitsError: its fitted exits cannot be read.
+    """
+    exit = spec.exit
+    exit_layers = resolve_exit_layers(exit, model.num_layers)
+    return Binding(
+        model_hash=model.content_hash,
+        weights_sha256=heads_hash(exit),
+        exit_layers=tuple(exit_layers),
+        top_k=exit.vocab.top_k,
+        prune_layer=resolve_prune_layer(exit, exit_layers),
+        proposal=exit.vocab.proposal,
+        rank=exit.vocab.rank,
+        final_head=exit.vocab.final_head,
+        confidence=exit.confidence,
+        decay=exit.decay,
+        kv=exit.kv,
+        max_waiting=exit.max_waiting,
+        prefill=exit.prefill,
+        dtype=spec.model.dtype,
+        max_new_tokens=spec.sampling.max_new_tokens,
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from eevp_batch.errors import (
+    CalibrationError,
     FittedExitsError,
     InputError,
     ModelError,
@@ -21,7 +22,7 @@ from eevp_batch.errors import (
     SpecError,
     UsageError,
 )
-from eevp_batch.fitted_config import with_fitted_layers
+from eevp_batch.fitted_config import with_fitted
 from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
 from eevp_batch.report.forecast import PromptCounts
 from eevp_batch.spec import JobSpec
@@ -72,7 +73,7 @@ def prepare(path: str, overrides: Sequence[str] = ()) -> PreparedJob:
     with located(source):
         store = Store.open(source.spec.output.path)
         model = read_model_config(source.spec.model)
-        spec = with_fitted_layers(source.spec, model)
+        spec = with_fitted(source.spec, model)
         room = prompt_room(spec.sampling, model)
         plan = make_plan(spec, model)
         if not plan.num_rows:
@@ -105,6 +106,9 @@ def located(source: SpecSource) -> Iterator[None]:
         raise
     except FittedExitsError as error:
         _note(error, source, "exit.heads")
+        raise
+    except CalibrationError as error:
+        _note(error, source, "exit.calibration")
         raise
 
 

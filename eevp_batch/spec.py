@@ -19,6 +19,7 @@ Auto = Literal["auto"]
 Confidence = Literal["margin", "max_prob", "entropy", "hidden_cosine"]
 Dtype = Literal["bfloat16", "float32", "float16"]
 KvPolicy = Literal["propagate", "bridge", "recompute", "verify"]
+PValueKind = Literal["hoeffding_bentkus", "betting"]
 MAX_SEED = 2**63 - 1
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
@@ -176,6 +177,8 @@ class ExitSpec(_Section):
     """Layers after which a token may leave, increasing; `auto`: those of heads, else thirds."""
     heads: Text | None = None
     """Folder that `fit` wrote, relative to the job file; none: the model's own head is read."""
+    calibration: Text | None = None
+    """File that `calibrate` wrote, relative to the job file; its thresholds are used; none."""
     confidence: Confidence = "margin"
     """What is compared with the threshold."""
     threshold: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = 0.9
@@ -190,6 +193,14 @@ class ExitSpec(_Section):
     """With recompute or verify: once so many tokens wait, the next takes all layers, they too."""
     vocab: VocabSpec = VocabSpec()
     """Vocabulary pruning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_thresholds_from_one_place(cls, data: Any) -> Any:
+        is_given = isinstance(data, dict) and data.get("calibration") is not None
+        if is_given and "threshold" in data:
+            raise refused("threshold", data["threshold"], "nothing beside exit.calibration")
+        return data
 
     @model_validator(mode="after")
     def _layers_increase(self) -> ExitSpec:

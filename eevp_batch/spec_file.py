@@ -106,10 +106,11 @@ def load_spec_text(
 
 
 def dump_spec(spec: JobSpec) -> str:
-    """The job as YAML with every field, which reads back as an equal job."""
-    return yaml.dump(
-        spec.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    """The job as YAML, every field but certified thresholds; it reads back as an equal job."""
+    fields = spec.model_dump(mode="json")
+    if spec.exit.calibration is not None:
+        del fields["exit"]["threshold"]
+    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -179,12 +180,13 @@ def _resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     model = spec.model.path
     if model.startswith(("./", "../", "~")) or os.path.isdir(base / model):
         model = _resolve(model, base)
-    heads = spec.exit.heads if spec.exit.heads is None else _resolve(spec.exit.heads, base)
+    files = {name: getattr(spec.exit, name) for name in ("heads", "calibration")}
+    exit = {name: _resolve(path, base) for name, path in files.items() if path is not None}
     return spec.model_copy(
         update={
             "input": spec.input.model_copy(update={"path": inputs}),
             "model": spec.model.model_copy(update={"path": model}),
-            "exit": spec.exit.model_copy(update={"heads": heads}),
+            "exit": spec.exit.model_copy(update=exit),
             "output": spec.output.model_copy(update={"path": _resolve(spec.output.path, base)}),
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.prompts import PromptEncoder
-from eevp_batch.engine.proposals import make_proposal
+from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.engine.tokenizer import load_tokenizer
@@ -121,6 +121,47 @@ def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
     return loaded
 
 
+@dataclass(frozen=True, slots=True)
+class CutModel:
+    """A model cut for a job, from which engines are made that differ in their thresholds.
+
+    Attributes:
+        model: cut at the exit layers, its fitted exits in use.
+        prune_layer: the exit layer that cuts the vocabulary; None: no pruning.
+        proposal: proposes the ids to keep; None: the head itself.
+        short_prompt: how much of a prompt runs no further than the first exit; None: nothing.
+        end_ids: ids that end a generation.
+        context_length: most positions.
+    """
+
+    model: SegmentedModel
+    prune_layer: int | None
+    proposal: Proposal | None
+    short_prompt: ShortPrompt | None
+    end_ids: frozenset[int]
+    context_length: int
+
+    def engine(
+        self, tokenizer: Any, exit: ExitSpec, sampling: SamplingSpec, engine: EngineSpec
+    ) -> Engine:
+        """An engine around the model, which is not copied.
+
+        Raises:
+            UsageError: the settings do not fit the device.
+        """
+        return Engine(
+            model=self.model,
+            tokenizer=tokenizer,
+            exits=exit,
+            sampling=sampling,
+            prune_layer=self.prune_layer,
+            end_ids=self.end_ids,
+            limits=resolve_limits(engine, self.model, self.context_length),
+            proposal=self.proposal,
+            short_prompt=self.short_prompt,
+        )
+
+
 def build_engine(
     weights: PreTrainedModel,
     tokenizer: Any,
@@ -145,6 +186,23 @@ def build_engine(
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
+    return cut_model(weights, tokenizer, exit, fitted).engine(tokenizer, exit, sampling, engine)
+
+
+def cut_model(
+    weights: PreTrainedModel, tokenizer: Any, exit: ExitSpec, fitted: FittedExits | None = None
+) -> CutModel:
+    """Cut a loaded model as a job asks for, and let it use its fitted exits.
+
+    Args:
+        weights: a `...ForCausalLM`; from now on its attention is this package's.
+        tokenizer: its tokenizer.
+        exit: exits; layers are resolved against the model.
+        fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
+
+    Raises:
+        UsageError: the settings do not fit the model or the device.
+    """
     if fitted is None and exit.mode == "on" and exit.heads is not None:
         fitted = FittedExits.load(Path(exit.heads))
     config = weights.config
@@ -159,16 +217,13 @@ def build_engine(
         model.use(_checked(fitted, exit, exit_layers))
         if exit.prefill == "bridge":
             short_prompt = ShortPrompt(exit_layers[0], fitted.tail)
-    return Engine(
+    return CutModel(
         model=model,
-        tokenizer=tokenizer,
-        exits=exit,
-        sampling=sampling,
         prune_layer=prune_layer,
-        end_ids=end_ids(weights, tokenizer),
-        limits=resolve_limits(engine, model, config.max_position_embeddings),
         proposal=proposal,
         short_prompt=short_prompt,
+        end_ids=end_ids(weights, tokenizer),
+        context_length=config.max_position_embeddings,
     )
 
 

@@ -27,6 +27,8 @@ def fingerprint_fields(
     """
     input_fields = _flat("input", spec.input.model_dump(mode="json"))
     del input_fields["input.path"]
+    exit_fields = _flat("exit", spec.exit.model_dump(mode="json"))
+    del exit_fields["exit.calibration"]  # what it certified stands in exit.threshold
     exit_layers = resolve_exit_layers(spec.exit, model.num_layers)
     return {
         "format_version": format_version,
@@ -39,7 +41,7 @@ def fingerprint_fields(
         **_flat("prompt", spec.prompt.model_dump(mode="json")),
         "model.content_hash": model.content_hash,
         "model.dtype": spec.model.dtype,
-        **_flat("exit", spec.exit.model_dump(mode="json")),
+        **exit_fields,
         "exit.heads": heads_hash(spec.exit),
         "exit.layers": exit_layers,
         "exit.vocab.prune_layer": resolve_prune_layer(spec.exit, exit_layers),

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eevp_batch.errors import CalibrationError
+from eevp_batch.spec import PValueKind
 
-PValueKind = Literal["hoeffding_bentkus", "betting"]
 Floats = npt.NDArray[np.float64]
 Losses = Sequence[float] | Floats
 

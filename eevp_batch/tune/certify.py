@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from eevp_batch.errors import CalibrationError
-from eevp_batch.tune.bounds import Losses, PValueKind, p_value
+from eevp_batch.spec import PValueKind
+from eevp_batch.tune.bounds import Losses, p_value
 
 
 def order_path(risks: Sequence[float], costs: Sequence[float]) -> list[int]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eevp_batch.engine.fitted import Affine, FittedExits, read_manifest
+from eevp_batch.engine.fitted import Affine, FittedExits
 from eevp_batch.engine.load import load_weights
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import FittedExitsError, UsageError
+from eevp_batch.fitted_config import read_manifest
 from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
 from eevp_batch.spec import Dtype, EngineSpec, InputSpec, ModelSpec, PromptSpec, SamplingSpec
 from eevp_batch.tune.choose import choose_exits

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eevp_batch.errors import CalibrationError
+from eevp_batch.spec import PValueKind
 from eevp_batch.tune.bounds import (
-    PValueKind,
     betting,
     binomial_cdf,
     clopper_pearson,

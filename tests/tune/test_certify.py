@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eevp_batch.errors import CalibrationError
-from eevp_batch.tune.bounds import PValueKind
+from eevp_batch.spec import PValueKind
 from eevp_batch.tune.certify import certify, fixed_sequence, order_path
 
 figures = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)

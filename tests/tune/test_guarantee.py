@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eevp_batch.tune.bounds import Floats, PValueKind
+from eevp_batch.spec import PValueKind
+from eevp_batch.tune.bounds import Floats
 from eevp_batch.tune.certify import certify, order_path
 from tests.bench.guarantee import PATHS, WORLDS, Outcome, Setup, simulate
 

@@ -21,8 +21,16 @@ from pydantic import (
 )
 
 from eevp_batch.errors import CalibrationError
-from eevp_batch.spec import Confidence, Count, DecaySpec, Dtype, KvPolicy, Text, refused
-from eevp_batch.tune.bounds import PValueKind
+from eevp_batch.spec import (
+    Confidence,
+    Count,
+    DecaySpec,
+    Dtype,
+    KvPolicy,
+    PValueKind,
+    Text,
+    refused,
+)
 
 RiskKind = Literal["token", "sequence"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -45,6 +53,7 @@ BINDING_NAMES = {
     "max_waiting": "exit.max_waiting",
     "prefill": "exit.prefill",
     "dtype": "model.dtype",
+    "max_new_tokens": "sampling.max_new_tokens",
 }
 _OF_PRUNING = {"prune_layer", "proposal", "rank", "final_head"}
 
@@ -73,6 +82,7 @@ class Binding(_Part):
         prune_layer: where it is cut, as a layer.
         rank: of a low-rank proposal; None where there is none, or where it comes fitted.
         max_waiting: matters where `kv` lets tokens wait: recompute and verify.
+        max_new_tokens: a row's loss is over all its tokens, and `decay` counts by it.
     """
 
     model_hash: Hash
@@ -89,6 +99,7 @@ class Binding(_Part):
     max_waiting: Count
     prefill: Literal["full", "bridge"]
     dtype: Dtype
+    max_new_tokens: Count
 
     def meaning(self) -> dict[str, Any]:
         """The fields that change what the engine does, as JSON values."""

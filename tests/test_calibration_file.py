@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from eevp_batch.calibration_file import BINDING_NAMES, Binding, Calibration
 from eevp_batch.errors import CalibrationError
 from eevp_batch.spec import DecaySpec
-from eevp_batch.tune.calibration_file import BINDING_NAMES, Binding, Calibration
 
 
 def some_binding(**changes: Any) -> Binding:
@@ -32,6 +32,7 @@ def some_binding(**changes: Any) -> Binding:
             "max_waiting": 8,
             "prefill": "full",
             "dtype": "bfloat16",
+            "max_new_tokens": 256,
             **changes,
         }
     )
@@ -86,6 +87,7 @@ CHANGES: dict[str, Any] = {
     "max_waiting": 4,
     "prefill": "bridge",
     "dtype": "float32",
+    "max_new_tokens": 128,
 }
 
 

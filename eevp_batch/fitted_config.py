@@ -105,6 +105,18 @@ def with_certified_thresholds(spec: JobSpec, model: ModelConfig) -> JobSpec:
     return spec.model_copy(update={"exit": exit.model_copy(update=certified)})
 
 
+def certified_delta(spec: JobSpec) -> float | None:
+    """The share of differing tokens that a job's calibration allows; None where it has none.
+
+    Raises:
+        CalibrationError: the file cannot be read.
+    """
+    if spec.exit.mode == "off" or spec.exit.calibration is None:
+        return None
+    found = Calibration.load(Path(spec.exit.calibration))
+    return found.delta if found.risk == "token" else None
+
+
 def refuse_sampling(spec: JobSpec) -> None:
     """Refuse a job whose tokens are no function of the text alone: nothing certifies those.
 

@@ -128,12 +128,13 @@ class AuditCounts:
 
     Attributes:
         equal: rows that came out as at full depth, by their number of tokens.
-        diverged: the others, by the 0-based position of the first difference.
+        diverged: the others, by the 0-based position of the first difference and the number of
+            tokens at full depth.
         distances: all of them, by text distance in `DISTANCE_STEPS`.
     """
 
     equal: Counter[int] = field(default_factory=Counter)
-    diverged: Counter[int] = field(default_factory=Counter)
+    diverged: Counter[tuple[int, int]] = field(default_factory=Counter)
     distances: Counter[int] = field(default_factory=Counter)
 
     def __add__(self, other: AuditCounts) -> AuditCounts:
@@ -159,18 +160,28 @@ class AuditCounts:
             if audit.first_divergence is None:
                 counts.equal[generation.generated_tokens] += 1
             else:
-                counts.diverged[audit.first_divergence] += 1
+                counts.diverged[audit.first_divergence, len(audit.token_ids)] += 1
             counts.distances[round(audit.distance * DISTANCE_STEPS)] += 1
         return counts
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {name: _sorted_counts(getattr(self, name)) for name in self.__slots__}
+        """Plain JSON types; a pair of numbers becomes `4/50`."""
+        diverged = {f"{place}/{length}": n for (place, length), n in sorted(self.diverged.items())}
+        return {
+            "equal": _sorted_counts(self.equal),
+            "diverged": diverged,
+            "distances": _sorted_counts(self.distances),
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, dict[str, int]]) -> AuditCounts:
         """The inverse of `to_json`."""
-        return cls(**{name: _int_counts(counts) for name, counts in data.items()})
+        pairs = {tuple(map(int, key.split("/"))): n for key, n in data.get("diverged", {}).items()}
+        return cls(
+            equal=_int_counts(data.get("equal", {})),
+            diverged=Counter({(place, length): n for (place, length), n in pairs.items()}),
+            distances=_int_counts(data.get("distances", {})),
+        )
 
 
 @dataclass(frozen=True, slots=True)

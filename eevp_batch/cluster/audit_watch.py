@@ -19,7 +19,7 @@ class Drift:
 
     Attributes:
         rows: audited rows that say so.
-        disagreement: share of tokens that differ.
+        disagreement: share of a row's tokens that differ.
         interval: of it, at 95 %.
         bound: what is allowed.
         stops_exits: whether chunks that start from now on run at full depth.
@@ -60,7 +60,6 @@ class AuditWatch:
 
     def __init__(self, spec: JobSpec, store: Store, certified: float | None = None) -> None:
         self._store, self._stops_exits = store, spec.audit.stop_exits
-        self._max_new_tokens = spec.sampling.max_new_tokens
         self.bound = certified if spec.audit.delta is None else spec.audit.delta
         self.is_stopped = self._stops_exits and store.exists(layout.EXITS_STOPPED)
         self._has_told = self.is_stopped
@@ -71,9 +70,9 @@ class AuditWatch:
         Args:
             counts: all audited rows so far.
         """
-        if self._has_told or self.bound is None or not self._is_beyond(counts, self.bound):
+        if self._has_told or self.bound is None or not exceeds(counts, self.bound):
             return None
-        figures = audit_figures(counts, self._max_new_tokens)
+        figures = audit_figures(counts)
         if figures is None:
             return None
         drift = Drift(
@@ -89,6 +88,3 @@ class AuditWatch:
             self.is_stopped = True
         self._has_told = True
         return drift
-
-    def _is_beyond(self, counts: AuditCounts, bound: float) -> bool:
-        return exceeds(counts, bound, self._max_new_tokens)

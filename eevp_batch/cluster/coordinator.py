@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from eevp_batch.cluster import rules
 from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries
-from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
+from eevp_batch.errors import JobFailedError, StaleAttemptError
 from eevp_batch.records import ChunkStats, Phase
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
@@ -100,7 +101,7 @@ class Coordinator:
             JobFailedError: a replica's code failed, or replicas kept dying.
             TooManyErrorsError: more rows failed than the job allows.
         """
-        self._check_error_rate()
+        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
             self._start_replicas()
             self._hand_out()
@@ -187,15 +188,6 @@ class Coordinator:
         """Of the next lease."""
         return "full" if self._spec.exit.mode == "off" or self._audit.is_stopped else "exits"
 
-    def _max_leases(self, max_resident: int) -> int:
-        """Leases that keep a replica's engine full.
-
-        While the oldest chunk drains, the others must fill the engine alone: beside it that takes
-        ceil(sequences the engine can hold / sequences of an average chunk), and one at least.
-        """
-        sequences = self._plan.num_rows * self._plan.num_samples / len(self._plan.chunks)
-        return 1 + max(1, math.ceil(max_resident / sequences))
-
     # --- taking in -------------------------------------------------------------------------------
 
     def _take(self, outcome: Outcome) -> None:
@@ -220,7 +212,7 @@ class Coordinator:
 
     def _take_ready(self, slot: Slot, ready: Any) -> None:
         slot.ready = ready
-        slot.max_leases = self._max_leases(ready.max_resident)
+        slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
         self._meter.replica_is_ready(time.monotonic())
         self._write_event(
             "replica_ready",
@@ -255,7 +247,7 @@ class Coordinator:
             generated_tokens=stats.generated_tokens,
         )
         self._look_at_audit()
-        self._check_error_rate()
+        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
 
     def _look_at_audit(self) -> None:
         """Say it once when the exits change more than they may."""
@@ -263,19 +255,6 @@ class Coordinator:
         if drift is not None:
             self._write_event("audit_drift", **drift.to_json())
             self._on_message(drift.text)
-
-    def _check_error_rate(self) -> None:
-        """Stop as soon as it is certain; at the latest the last commit tells."""
-        allowed = math.floor(self._spec.run.max_error_rate * self._plan.num_rows + 1e-9)
-        if self.totals.rows_error > allowed:
-            classes = ", ".join(
-                f"{n} {name}" for name, n in self.totals.error_classes.most_common()
-            )
-            raise TooManyErrorsError(
-                f"{self.totals.rows_error} of {self.totals.rows} rows are in error ({classes}); "
-                f"run.max_error_rate {self._spec.run.max_error_rate} allows {allowed} of "
-                f"{self._plan.num_rows}"
-            )
 
     # --- deaths ----------------------------------------------------------------------------------
 
@@ -285,7 +264,7 @@ class Coordinator:
         returned = self._leases.release(name)
         self._fleet.bury(slot)
         slot.deaths_in_a_row += 1
-        slot.not_before_s = time.monotonic() + _start_delay_s(slot.deaths_in_a_row)
+        slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
         self.recoveries += Recoveries(replica_deaths=1, chunks_returned=len(returned))
         self._write_event(
             "replica_dead",
@@ -352,8 +331,3 @@ class Coordinator:
 
 def _names(lease: Lease) -> dict[str, Any]:
     return {"chunk_id": lease.chunk_id, "epoch": lease.epoch, "replica": lease.replica}
-
-
-def _start_delay_s(deaths_in_a_row: int) -> float:
-    """How long a slot stays empty after so many deaths in a row: 0, 0.5, 1, 2, ... at most 30 s."""
-    return 0.0 if deaths_in_a_row <= 1 else min(30.0, 0.5 * 2.0 ** (deaths_in_a_row - 2))

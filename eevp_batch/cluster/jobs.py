@@ -23,6 +23,7 @@ from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.progress import Progress, Recoveries
 from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError, UsageError
+from eevp_batch.fitted_config import certified_delta
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec, JobSpec
@@ -178,7 +179,7 @@ class _Run:
             totals=before,
             on_progress=self.on_progress,
             on_message=self.on_message,
-            audit=AuditWatch(self.spec, self.store),
+            audit=AuditWatch(self.spec, self.store, certified_delta(self.spec)),
         )
         self.coordinator = coordinator
         interrupts.drain_with(coordinator.drain)

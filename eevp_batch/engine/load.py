@@ -186,11 +186,16 @@ def build_engine(
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
-    return cut_model(weights, tokenizer, exit, fitted).engine(tokenizer, exit, sampling, engine)
+    found = cut_model(weights, tokenizer, exit, fitted, cut)
+    return found.engine(tokenizer, exit, sampling, engine)
 
 
 def cut_model(
-    weights: PreTrainedModel, tokenizer: Any, exit: ExitSpec, fitted: FittedExits | None = None
+    weights: PreTrainedModel,
+    tokenizer: Any,
+    exit: ExitSpec,
+    fitted: FittedExits | None = None,
+    cut: SegmentedModel | None = None,
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -199,6 +204,7 @@ def cut_model(
         tokenizer: its tokenizer.
         exit: exits; layers are resolved against the model.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
+        cut: the model of another engine around the same weights; its layers are shared.
 
     Raises:
         UsageError: the settings do not fit the model or the device.

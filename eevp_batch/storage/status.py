@@ -32,6 +32,7 @@ class Status:
             first replica's readiness to its last commit; None before that.
         last_progress_unix_s: when the last chunk was finished; None before the first.
         reason: why the last run stopped, where it said so.
+        drift: what the audit warned of, see `audit_drift` in the event log; None without a warning.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class Status:
     tokens_per_s: float | None
     last_progress_unix_s: float | None
     reason: str | None
+    drift: dict[str, Any] | None = None
 
     @property
     def rows_done(self) -> int:
@@ -71,6 +73,7 @@ class _LastRun:
     last_event: str | None = None
     last_unix_s: float | None = None
     reason: str | None = None
+    drift: dict[str, Any] | None = None
 
     def commit(self, unix_s: float, tokens: int) -> None:
         """Count a committed chunk in."""
@@ -111,6 +114,7 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
         tokens_per_s=rate,
         last_progress_unix_s=last,
         reason=run.reason,
+        drift=run.drift,
     )
 
 
@@ -130,11 +134,13 @@ def _last_run(store: Store) -> _LastRun:
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
         if kind in ("job_started", "job_resumed"):
-            run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s)
+            run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s, drift=run.drift)
         elif kind == "replica_ready" and run.ready_unix_s is None:
             run.ready_unix_s = unix_s
         elif kind == "chunk_committed" and unix_s is not None:
             run.commit(unix_s, int(event.get("generated_tokens", 0)))
+        elif kind == "audit_drift":
+            run.drift = event
         run.last_event, run.last_unix_s = kind, unix_s
         run.reason = event.get("reason") if _is_last(kind) else None
     return run

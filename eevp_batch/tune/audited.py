@@ -2,15 +2,15 @@
 
 An audited row is generated twice, with the exits and at full depth. Up to its first difference both
 have the same text, so that each token up to there, the differing one included, is one look at the
-risk that is certified: that a token is not what full depth would give. Rows are the unit: of row i
-with C_i tokens looked at and D_i = 1 if the last of them differs, the *disagreement* is
-E[D] / E[C], estimated by sum D / sum C.
+risk that is certified: that a token is not what full depth would give. As there, rows are the unit
+and weigh the same: of row i with F_i tokens at full depth, C_i of them looked at and D_i = 1 if the
+last of these differs, the *disagreement* is E[D / F] / E[C / F].
 
 Its interval is by betting against a claimed disagreement R (Waudby-Smith and Ramdas, arXiv
-2010.09686): if the true one is at most R, the capital prod (1 + b (D_i - R C_i)) is expected not to
-grow, whatever tokens of a row have to do with each other; so it rarely gets large. That holds for
-capital looked at after every chunk, too, so that a job may warn as soon as it knows. It holds for
-every number of rows. Knows counts, nothing of tokens, models or files.
+2010.09686): if the true one is at most R, the capital prod (1 + b (D_i - R C_i) / F_i) is expected
+not to grow, whatever tokens of a row have to do with each other; so it rarely gets large. It holds
+for capital looked at after every chunk, too: a job may warn as soon as it knows. It holds
+for every number of rows. Knows counts, nothing of tokens, models or files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eevp_batch.records import DISTANCE_STEPS, AuditCounts
 from eevp_batch.tune.bounds import clopper_pearson
 
 LEVEL = 0.95
-_BETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # shares of the largest bet that cannot lose all
+_BETS = (0.9, 1 / 2, 1 / 4, 1 / 8, 1 / 32)  # shares of the largest bet that cannot lose all
 _STEPS = 40  # of a bisection
 
 Floats = npt.NDArray[np.float64]
@@ -39,30 +39,30 @@ class _Ratio:
     """Rows whose parts and wholes ask for E[part] / E[whole]; equal rows stand together.
 
     Attributes:
-        parts: [n], each between 0 and the smaller of 1 and its whole.
-        wholes: [n].
+        parts: [n], each between 0 and its whole.
+        wholes: [n], each at most 1.
         counts: [n] rows.
-        largest: bound on a whole, known beforehand.
     """
 
     parts: Floats
     wholes: Floats
     counts: Floats
-    largest: float
 
     @classmethod
-    def of_tokens(cls, counts: AuditCounts, max_new_tokens: int) -> _Ratio:
-        """Whether the last of the tokens looked at differs, of all that were looked at."""
-        seen = [(0, tokens, rows) for tokens, rows in sorted(counts.equal.items())]
-        seen += [(1, place + 1, rows) for place, rows in sorted(counts.diverged.items())]
-        parts, wholes, rows = np.asarray(seen, np.float64).T
-        return cls(parts, wholes, rows, float(max_new_tokens))
+    def of_tokens(cls, counts: AuditCounts) -> _Ratio:
+        """Of a row's tokens at full depth, the share that differs and the share looked at."""
+        seen = [(0.0, 1.0, counts.equal.total())]
+        for (place, length), rows in sorted(counts.diverged.items()):
+            longer = max(length, place + 1)
+            seen.append((1 / longer, (place + 1) / longer, rows))
+        parts, wholes, rows_each = np.asarray(seen, np.float64).T
+        return cls(parts, wholes, rows_each)
 
     @classmethod
     def of_distances(cls, counts: AuditCounts) -> _Ratio:
         """Text distance of every row."""
         steps, rows = np.asarray(sorted(counts.distances.items()), np.float64).T
-        return cls(steps / DISTANCE_STEPS, np.ones(len(steps)), rows, 1.0)
+        return cls(steps / DISTANCE_STEPS, np.ones(len(steps)), rows)
 
     @property
     def estimate(self) -> float:
@@ -70,7 +70,7 @@ class _Ratio:
 
     def capital_above(self, ratio: float) -> float:
         """Log capital of who bets that the ratio is above this one, in (0, 1); falls with it."""
-        return self._capital((self.parts / ratio - self.wholes) / self.largest)
+        return self._capital(self.parts / ratio - self.wholes)
 
     def capital_below(self, ratio: float) -> float:
         """Log capital of who bets that the ratio is below this one; rises with it."""
@@ -101,7 +101,7 @@ class AuditFigures:
         diverged: those that did not come out as at full depth.
         diverged_interval: of their share.
         tokens: looked at: up to the first difference, that one included.
-        disagreement: share of these that differ.
+        disagreement: share of a row's tokens that differ from full depth, given the text before.
         mean_first_divergence: 0-based position, of the rows that diverged; None without any.
         distance: mean text distance, 0..1.
     """
@@ -121,23 +121,19 @@ class AuditFigures:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def audit_figures(counts: AuditCounts, max_new_tokens: int) -> AuditFigures | None:
-    """The figures of some audited rows; None where there are none.
-
-    Args:
-        counts: the rows.
-        max_new_tokens: most tokens of a generation.
-    """
+def audit_figures(counts: AuditCounts) -> AuditFigures | None:
+    """The figures of some audited rows; None where there are none."""
     if not counts.rows:
         return None
     diverged = counts.diverged.total()
-    tokens, distances = _Ratio.of_tokens(counts, max_new_tokens), _Ratio.of_distances(counts)
-    positions = sum(place * rows for place, rows in counts.diverged.items())
+    tokens, distances = _Ratio.of_tokens(counts), _Ratio.of_distances(counts)
+    positions = sum(place * rows for (place, _), rows in counts.diverged.items())
+    equal = sum(length * rows for length, rows in counts.equal.items())
     return AuditFigures(
         rows=counts.rows,
         diverged=diverged,
         diverged_interval=clopper_pearson(diverged, counts.rows, LEVEL),
-        tokens=int(tokens.counts @ tokens.wholes),
+        tokens=equal + positions + diverged,
         disagreement=tokens.estimate,
         disagreement_interval=tokens.interval(),
         mean_first_divergence=positions / diverged if diverged else None,
@@ -146,7 +142,7 @@ def audit_figures(counts: AuditCounts, max_new_tokens: int) -> AuditFigures | No
     )
 
 
-def exceeds(counts: AuditCounts, bound: float, max_new_tokens: int) -> bool:
+def exceeds(counts: AuditCounts, bound: float) -> bool:
     """Whether the disagreement is above a bound, as sure as the interval is.
 
     May be asked after every chunk: that it is ever true although the disagreement is not above the
@@ -155,11 +151,10 @@ def exceeds(counts: AuditCounts, bound: float, max_new_tokens: int) -> bool:
     Args:
         counts: all audited rows so far.
         bound: in (0, 1).
-        max_new_tokens: most tokens of a generation.
     """
     if not counts.diverged:
         return False
-    capital = _Ratio.of_tokens(counts, max_new_tokens).capital_above(bound)
+    capital = _Ratio.of_tokens(counts).capital_above(bound)
     return capital >= -math.log((1 - LEVEL) / 2)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
@@ -78,6 +79,7 @@ def test_what_the_coordinator_holds_does_not_grow(shared_ray: LocalRay, tmp_path
         totals=ChunkStats(),
         on_progress=job.progress.append,
         on_message=job.messages.append,
+        audit=AuditWatch(job.spec, job.store),
     )
     committer.coordinator = coordinator
     try:

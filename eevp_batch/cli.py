@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from eevp_batch import __version__
-from eevp_batch.cli_tune import fit, potential
-from eevp_batch.console import echo_json, json_option, width
+from eevp_batch.cli_tune import calibrate, fit, potential
+from eevp_batch.console import echo_json, json_option, spec_overrides, width
 from eevp_batch.errors import EevpError, TooManyErrorsError, VerifyFailedError
 
 if TYPE_CHECKING:
@@ -56,14 +56,7 @@ def _fail(ctx: click.Context, error: BaseException | str, exit_code: int) -> NoR
 
 def _spec_command(command: _Command) -> _Command:
     """SPEC and --set, for a command that takes a job file."""
-    overrides = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="A.B=C",
-        help="Overrides a field of the job file; the value is YAML. May be repeated.",
-    )
-    return click.argument("spec", metavar="SPEC")(overrides(command))
+    return click.argument("spec", metavar="SPEC")(spec_overrides(command))
 
 
 _out_argument = click.argument("out", metavar="OUT")
@@ -206,6 +199,7 @@ def report(out: str, as_json: bool) -> None:
 
 main.add_command(potential)
 main.add_command(fit)
+main.add_command(calibrate)
 
 
 def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:

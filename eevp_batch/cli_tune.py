@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eevp_batch.console import echo_json, json_option, width
+from eevp_batch.console import echo_json, json_option, spec_overrides, width
 from eevp_batch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def _source_command(command: _Command) -> _Command:
         click.option(
             "--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1)
         ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Ends a generation."),
         click.option("--dtype", default="bfloat16", type=click.Choice(list(DTYPES))),
         click.option(
             "--target",
@@ -43,7 +45,7 @@ def _source_command(command: _Command) -> _Command:
     return command
 
 
-_SOURCE = ("model", "prompts", "column", "rows", "max_new_tokens", "dtype")
+_SOURCE = ("model", "prompts", "column", "rows", "max_new_tokens", "stop", "dtype")
 
 
 def _split_source(options: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
@@ -96,3 +98,78 @@ def fit(layers: str, as_json: bool, **options: Any) -> None:
         echo_json(manifest)
     else:
         click.echo(render_fitted(manifest))
+
+
+@click.command()
+@click.argument("spec", metavar="SPEC")
+@spec_overrides
+@click.option("--out", required=True, metavar="FILE", help="Where the calibration goes.")
+@click.option(
+    "--delta",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Bound on the risk: what a row may lose on average.",
+)
+@click.option(
+    "--epsilon",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Probability with which the risk may be higher all the same.",
+)
+@click.option("--rows", default=1500, show_default=True, type=click.IntRange(min=3))
+@click.option("--from", "source", metavar="OUT", help="Finished full-depth output to draw from.")
+@click.option(
+    "--metric",
+    metavar="NAME",
+    help="Risk of whole outputs: edit, diverged, or module:function of two texts.",
+)
+@click.option(
+    "--p-value",
+    "kind",
+    default="betting",
+    show_default=True,
+    type=click.Choice(["betting", "hoeffding_bentkus"]),
+)
+@click.option("--settings", "size", default=24, show_default=True, type=click.IntRange(min=2))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--grid", "with_grid", is_flag=True, help="Prints every setting that was tried.")
+@click.option("--plot", metavar="FILE", help="Writes quality against speed as SVG.")
+@json_option
+def calibrate(
+    spec: str,
+    overrides: tuple[str, ...],
+    out: str,
+    size: int,
+    with_grid: bool,
+    plot: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find and certify the thresholds of a job's exits; FILE is what exit.calibration takes."""
+    from eevp_batch.errors import CalibrationError
+    from eevp_batch.prepare import check_prompts, prepare
+    from eevp_batch.report.calibration import calibration_chart, render_calibration
+    from eevp_batch.tune.calibrate_job import CalibrateOptions, run_calibrate
+
+    job = prepare(spec, [*overrides, "exit.calibration=null"])
+    check_prompts(job)
+    if options["metric"] is not None:
+        sys.path.insert(0, "")  # where the user's module is
+    found = run_calibrate(
+        job.spec,
+        job.model,
+        job.plan.fields,
+        out,
+        CalibrateOptions(**options, grid=size),
+        lambda line: click.echo(line, err=True),
+    )
+    if plot is not None:
+        Path(plot).write_text(calibration_chart(found), encoding="utf-8")
+    if as_json:
+        echo_json(found)
+    else:
+        click.echo(render_calibration(found, with_grid))
+    if found["file"] is None:
+        raise CalibrationError(f"{spec}: not certified: {found['reason']}")

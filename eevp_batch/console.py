@@ -8,6 +8,13 @@ from typing import Any
 
 import click
 
+spec_overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=C",
+    help="Overrides a field of the job file; the value is YAML. May be repeated.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 
 

@@ -22,12 +22,12 @@ def render_fitted(manifest: Mapping[str, Any]) -> str:
     for layer, head in figures["heads"].items():
         leaving = ", ".join(
             f"{percent(share)} at {100 * float(target):g} %"
-            for target, share in head["share_leaving"].items()
+            for target, share in head["share_leaving_of_all"].items()
         )
         lines.append(
             f"  head after layer {layer}: agrees on {percent(head['agreement'])} of "
-            f"{number(head['held_out_tokens'])} tokens; leaving, by the agreement of those that "
-            f"leave: {leaving}"
+            f"{number(head['held_out_tokens'])} tokens; leaving, by the share of all tokens that "
+            f"stays as it was: {leaving}"
         )
     for origin, bridge in figures["bridges"].items():
         kind, layer = origin.split(".")

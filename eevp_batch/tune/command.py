@@ -43,6 +43,7 @@ class Source:
         column: of the prompts.
         rows: how many to generate for.
         max_new_tokens: of each generation.
+        stop: strings that end one.
         dtype: number type of weights and activations.
     """
 
@@ -51,6 +52,7 @@ class Source:
     column: str
     rows: int
     max_new_tokens: int
+    stop: Sequence[str]
     dtype: Dtype
 
 
@@ -72,7 +74,7 @@ def full_depth_outputs(source: Source, say: Say) -> Outputs:
     spec = ModelSpec(path=source.model, dtype=source.dtype)
     config = read_model_config(spec)
     tokenizer = load_tokenizer(config, spec)
-    sampling = SamplingSpec(max_new_tokens=source.max_new_tokens)
+    sampling = SamplingSpec(max_new_tokens=source.max_new_tokens, stop=list(source.stop))
     columns = InputSpec(path=source.prompts, prompt_column=source.column)
     encoder = PromptEncoder(tokenizer, PromptSpec(), columns, prompt_room(sampling, config))
     prompts = sample_prompts(source.prompts, encoder, source.rows)
@@ -160,6 +162,7 @@ def run_fit(
     facts: dict[str, Any] = {
         "prompts": source.prompts,
         "max_new_tokens": source.max_new_tokens,
+        "stop": list(source.stop),
         "dtype": source.dtype,
     }
     if not layers:

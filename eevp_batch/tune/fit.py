@@ -20,9 +20,10 @@ from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import UsageError
 from eevp_batch.tune.bridges import fit_bridge
 from eevp_batch.tune.collect import Collected, collect
-from eevp_batch.tune.heads import HeadSettings, Taught, fit_head, head_figures, head_output
+from eevp_batch.tune.head_training import HeadSettings, fit_head, head_figures
+from eevp_batch.tune.heads import Taught, head_output
 from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
-from eevp_batch.tune.states import Row
+from eevp_batch.tune.states import Row, prompt_key
 
 OnProgress = Callable[[str, int, int], None]
 """Told what is going on, how many parts of it are done, and of how many."""
@@ -98,7 +99,8 @@ def fit_exits(
     judged = collect(model, held_out, *wanted, steps.of("held-out states"))
     states_s = time.perf_counter() - started
     counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
-    facts = {**(data or {}), **counts, "states_s": round(states_s, 2)}
+    keys = " ".join(sorted({prompt_key(row.prompt_ids) for row in rows}))
+    facts = {**(data or {}), **counts, "states_s": round(states_s, 2), "prompt_keys": keys}
     return fit_collected(model, model_hash, seen, judged, settings, facts, on_progress)
 
 

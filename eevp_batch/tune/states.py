@@ -6,6 +6,7 @@ numbers that the engine will see. Knows rows and states, nothing of what is fitt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,11 @@ from eevp_batch.records import Prompt
 
 PASS_TOKENS = 2048
 """Tokens of a pass: enough for full-speed products, few enough for their states to stay small."""
+
+
+def prompt_key(token_ids: Sequence[int]) -> str:
+    """12 hex digits that tell prompts apart."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)

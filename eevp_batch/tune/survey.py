@@ -41,7 +41,7 @@ class LayerView:
 
     @property
     def table(self) -> LayerTable:
-        return LayerTable(self.margins, self.agrees)
+        return LayerTable(self.margins.cpu(), self.agrees.cpu())
 
     @property
     def agreement(self) -> float:

@@ -12,7 +12,7 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import ModelError, UsageError
 from eevp_batch.tune.collect import collect
 from eevp_batch.tune.fit import FitSettings, fit_collected, fit_exits, split_rows
-from eevp_batch.tune.heads import HeadSettings
+from eevp_batch.tune.head_training import HeadSettings
 from eevp_batch.tune.states import Row, forced_passes
 from tests.engine.conftest import load_model
 from tests.tiny_models import NUM_LAYERS
@@ -67,7 +67,7 @@ def test_layers_that_add_nothing_are_found_out(tiny_llama: Path) -> None:
     fit = fit_exits(model, "abc", rows, FitSettings([3], heads=QUICK))
     figures = fit.facts["figures"]
     assert figures["heads"]["3"]["agreement"] == 1.0
-    assert figures["heads"]["3"]["share_leaving"]["0.999"] == 1.0
+    assert figures["heads"]["3"]["share_leaving_of_all"]["0.995"] == 1.0
     # Every layer behind reads the very state that the bridge is given, scale apart.
     for left in figures["bridges"]["generated.3"]["unexplained_variance"].values():
         assert left < 1e-4

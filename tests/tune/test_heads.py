@@ -9,17 +9,16 @@ import torch
 
 from eevp_batch.engine.fitted import Affine, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.tune.head_training import HeadSettings, fit_head, kl_and_gradient
 from eevp_batch.tune.heads import (
     Choices,
-    HeadSettings,
     Taught,
     agreement,
     choices,
-    fit_head,
     head_output,
     identity_head,
-    kl_and_gradient,
     share_leaving,
+    share_leaving_of_all,
     teach,
 )
 from tests.engine.conftest import load_model
@@ -94,7 +93,8 @@ def test_fitting_finds_a_head_that_is_there(model: SegmentedModel) -> None:
     after = agreement(fit.choices, held_out.best_ids)
     assert before < 0.2 < 0.8 < after, f"agreement went from {before:.2f} to {after:.2f}"
     assert fit.curve[-1]["loss"] < fit.curve[1]["loss"] / 10
-    assert max(point["agreement"] for point in fit.curve) == after, "the best head is kept"
+    kept = max(fit.curve, key=lambda point: (point["leaving"], point["agreement"]))
+    assert kept["agreement"] == after, "the best head is kept"
     assert steps[0] == (1, 240) and steps == sorted(steps)
 
 
@@ -127,3 +127,6 @@ def test_the_share_that_leaves_counts_the_most_confident_first() -> None:
     assert share_leaving(found, best, 0.88) == 0.9, "8 of 9 agree"
     assert share_leaving(found, best, 0.8) == 1.0
     assert share_leaving(Choices(1 - ids, found.margins), best, 0.9) == 0.0
+    assert share_leaving_of_all(found, best, 1.0) == 0.4
+    assert share_leaving_of_all(found, best, 0.9) == 0.9
+    assert share_leaving_of_all(found, best, 0.8) == 1.0

@@ -21,7 +21,7 @@ from eevp_batch.errors import InputError
 from eevp_batch.model_config import read_model_config
 from eevp_batch.spec import InputSpec, ModelSpec, PromptSpec
 from eevp_batch.tune.fit import FitSettings, fit_exits
-from eevp_batch.tune.heads import HeadSettings
+from eevp_batch.tune.head_training import HeadSettings
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
 from eevp_batch.tune.search import Costs

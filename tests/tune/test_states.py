@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eevp_batch.engine.fused import FusedLayers
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.tune.states import Row, forced_passes
 from tests.engine.conftest import load_model
@@ -70,10 +71,14 @@ def test_positions_are_labelled_by_what_they_hold_and_by_what_follows(tiny_llama
         assert lengths == {n: len(rows[n].generated_ids) for n in forced.row_numbers}
 
 
-def test_projected_keys_and_values_are_the_layers_own(any_tiny_model: Path) -> None:
-    plain = load_model(any_tiny_model)
-    model = SegmentedModel(load_model(any_tiny_model), [NUM_LAYERS])
-    hidden = torch.randn(5, model.hidden_size)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_projected_keys_and_values_are_the_layers_own(
+    any_tiny_model: Path, dtype: torch.dtype
+) -> None:
+    plain = load_model(any_tiny_model).to(dtype)
+    model = SegmentedModel(load_model(any_tiny_model).to(dtype), [NUM_LAYERS])
+    assert isinstance(model.layers, FusedLayers) == (dtype == torch.float32), "both are tested"
+    hidden = torch.randn(5, model.hidden_size, dtype=dtype)
     for index, layer in enumerate(plain.model.layers):
         with torch.no_grad():
             normed = layer.input_layernorm(hidden)

@@ -1,0 +1,253 @@
+"""Thresholds with a certificate: candidates, a path through them, and the test along it.
+
+Two splits of rows. The *tuning* rows say which thresholds are worth trying, what each would cost
+and risk, and in which order to test them; the *calibration* rows, looked at only afterwards and
+only as far as the test goes, decide (see `certify`). Knows replays, losses and costs; nothing of
+files, prompts or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from eevp_batch.calibration_file import RiskKind
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.errors import CalibrationError
+from eevp_batch.spec import PValueKind
+from eevp_batch.tune.bounds import Losses, p_value, rows_needed, rows_needed_by_betting
+from eevp_batch.tune.bounds import share_interval as interval
+from eevp_batch.tune.calibration_result import CalibrationResult, Setting
+from eevp_batch.tune.candidates import NEVER, candidate_grid
+from eevp_batch.tune.certify import certify, order_path
+from eevp_batch.tune.replay import Replay, Replayed, ReplaySettings, Thresholds
+from eevp_batch.tune.search import Costs
+from eevp_batch.tune.states import Row
+from eevp_batch.tune.text_distance import disagreement
+
+GRID = 24
+"""Settings that are replayed on the tuning rows."""
+_TESTED_AT_ONCE = 4
+"""Settings of the path that share a pass over the calibration rows; the last few may be wasted."""
+
+
+class Risk(Protocol):
+    """What a row can lose by exits.
+
+    Attributes:
+        kind: as in the calibration file.
+        metric: name of a distance of whole outputs; None where tokens are compared.
+    """
+
+    kind: RiskKind
+    metric: str | None
+
+    def losses(self, rows: Sequence[Row], grid: Sequence[Thresholds]) -> list[list[float]]:
+        """Loss in [0, 1] of every row, under every setting."""
+
+
+class TokenRisk:
+    """Share of a row's tokens that would leave as others than at full depth, the text given."""
+
+    kind: RiskKind = "token"
+    metric: str | None = None
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+
+    def losses(self, rows: Sequence[Row], grid: Sequence[Thresholds]) -> list[list[float]]:
+        """See `Risk`."""
+        return [_token_losses(rows, found) for found in self._replay.run(rows, grid)]
+
+
+def calibrate(
+    model: SegmentedModel,
+    settings: ReplaySettings,
+    tuning: Sequence[Row],
+    calibration: Sequence[Row],
+    *,
+    delta: float,
+    epsilon: float,
+    costs: Costs,
+    kind: PValueKind = "betting",
+    grid: int = GRID,
+    risk: Risk | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> CalibrationResult:
+    """Find the cheapest thresholds with P(risk > delta) <= epsilon.
+
+    Args:
+        model: cut at the exit layers, its fitted exits in use.
+        settings: of the job.
+        tuning: rows that choose and order the thresholds; those of a fit may serve.
+        calibration: rows that nothing has been fitted to or chosen by, drawn as the job's are.
+        delta: bound on the mean loss of a row.
+        epsilon: probability with which the risk may be higher.
+        costs: of this model, see `measured_costs`.
+        kind: the p-value.
+        grid: settings to look at.
+        risk: what a row loses; its differing tokens.
+        seed: see `bounds.betting`.
+        say: progress.
+
+    Raises:
+        UsageError: the job cannot be replayed.
+        CalibrationError: no exit before the last layer, no rows, or delta or epsilon out of range.
+    """
+    if len(model.exit_layers) < 2:
+        raise CalibrationError("exit.layers: found the last layer alone; allowed: one before it")
+    for name, rows in (("tuning", tuning), ("calibration", calibration)):
+        if not rows:
+            raise CalibrationError(f"{name} rows: found none; allowed: one or more")
+    certify([], delta, epsilon, kind=kind)
+    replay = Replay(model, settings)
+    risk = risk or TokenRisk(replay)
+    costs = _costs_of(settings, costs)
+    say(f"choosing thresholds by {len(tuning)} rows")
+    found = _tuned(replay, model, settings, tuning, costs, delta, grid)
+    path = order_path([s.tuning_risk for s in found[1:]], [s.cost for s in found[1:]])
+    order = [index + 1 for index in path]
+    result = CalibrationResult(
+        delta=delta,
+        epsilon=epsilon,
+        p_value_kind=kind,
+        risk=risk.kind,
+        metric=risk.metric,
+        num_tuning_rows=len(tuning),
+        num_rows=len(calibration),
+        exit_layers=model.exit_layers,
+        settings=tuple(
+            replace(s, place=order.index(n) if n in order else None) for n, s in enumerate(found)
+        ),
+        certified=None,
+    )
+    least = least_rows(kind, delta, epsilon, seed)
+    if len(calibration) < least:
+        reason = (
+            f"{len(calibration)} calibration rows cannot show a risk of at most {delta:g} at "
+            f"epsilon {epsilon:g}, whatever they hold; {least} are the fewest that could"
+        )
+        return replace(result, reason=reason, rows_needed=least)
+    return _tested(result, order, risk, calibration, seed, say)
+
+
+def least_rows(kind: PValueKind, delta: float, epsilon: float, seed: int = 0) -> int:
+    """The fewest rows that certify thresholds under which no row loses anything."""
+
+    def passes(count: int) -> bool:
+        return p_value(kind, [0.0] * count, delta, epsilon=epsilon, seed=seed) <= epsilon
+
+    high = 1
+    while not passes(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+def _costs_of(settings: ReplaySettings, costs: Costs) -> Costs:
+    """What is skipped is only put off where keys and values end up exact: it runs later."""
+    put_off = settings.exits.kv in ("recompute", "verify")
+    return replace(costs, bridge=costs.layer) if put_off else costs
+
+
+def _token_losses(rows: Sequence[Row], found: Sequence[Replayed]) -> list[float]:
+    return [
+        disagreement(one.token_ids, row.generated_ids) for one, row in zip(found, rows, strict=True)
+    ]
+
+
+def _tuned(
+    replay: Replay,
+    model: SegmentedModel,
+    settings: ReplaySettings,
+    rows: Sequence[Row],
+    costs: Costs,
+    delta: float,
+    count: int,
+) -> list[Setting]:
+    """The grid as the tuning rows see it; first the setting without exits."""
+    early = model.exit_layers[:-1]
+    never = tuple([NEVER] * len(early))
+    grid = [never, *candidate_grid(model, settings, rows, costs, delta, count)]
+    found = []
+    for thresholds, replayed in zip(grid, replay.run(rows, grid), strict=True):
+        layers = [layer for one in replayed for layer in one.exit_layers]
+        shares = tuple(layers.count(layer) / len(layers) for layer in early)
+        # Without exits nobody asks.
+        cost = costs.full_depth if thresholds == never else costs.with_exits(early, shares)
+        losses = _token_losses(rows, replayed)
+        found.append(
+            Setting(
+                thresholds=tuple(thresholds),
+                shares=shares,
+                mean_layer=sum(layers) / len(layers),
+                cost=cost,
+                speed=costs.full_depth / cost,
+                tuning_risk=sum(losses) / len(losses),
+            )
+        )
+    return found
+
+
+def _tested(
+    result: CalibrationResult,
+    order: Sequence[int],
+    risk: Risk,
+    rows: Sequence[Row],
+    seed: int,
+    say: Callable[[str], None],
+) -> CalibrationResult:
+    """Go along the path until a setting fails."""
+    settings = list(result.settings)
+    tested: list[Losses] = []
+
+    def losses() -> Iterator[Losses]:
+        for start in range(0, len(order), _TESTED_AT_ONCE):
+            some = order[start : start + _TESTED_AT_ONCE]
+            say(f"testing settings {start + 1} to {start + len(some)} of {len(order)}")
+            for found in risk.losses(rows, [settings[index].thresholds for index in some]):
+                tested.append(found)
+                yield found
+
+    levels = result.delta, result.epsilon
+    last = certify(losses(), *levels, kind=result.p_value_kind, seed=seed)
+    for index, found in zip(order, tested, strict=False):
+        upper = interval(found, [1.0] * len(found), largest=1.0, level=1 - 2 * result.epsilon)[1]
+        settings[index] = replace(
+            settings[index],
+            calibration_risk=sum(found) / len(found),
+            p_value=p_value(
+                result.p_value_kind, found, result.delta, epsilon=result.epsilon, seed=seed
+            ),
+            bound=upper,
+        )
+    result = replace(result, settings=tuple(settings))
+    if last is None:
+        reason, needed = _why_none(result, tested[0])
+        return replace(result, reason=reason, rows_needed=needed)
+    return replace(result, certified=order[last])
+
+
+def _why_none(result: CalibrationResult, losses: Losses) -> tuple[str, int | None]:
+    """Why the first setting of the path failed, and how many rows would do."""
+    mean = sum(losses) / len(losses)
+    delta, epsilon = result.delta, result.epsilon
+    by_betting = result.p_value_kind == "betting"
+    needed = (
+        rows_needed_by_betting(losses, delta, epsilon)
+        if by_betting
+        else rows_needed(delta, epsilon, mean)
+    )
+    said = f"the most cautious thresholds have a risk of {mean:.4f} on the calibration rows"
+    if mean >= delta:
+        return f"{said}, not below delta, {delta:g}: no number of rows would certify it", None
+    if needed is None or needed <= len(losses):
+        return f"{said}: too close to delta, {delta:g}, to be told from it", None
+    return f"{said}; about {needed} rows like these would certify it, {len(losses)} are given", (
+        needed
+    )

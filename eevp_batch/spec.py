@@ -133,8 +133,8 @@ class VocabSpec(Section):
 class ExitSpec(Section):
     """When a token may leave the model early."""
 
-    mode: Annotated[Literal["on", "off"], BeforeValidator(on_off)] = "on"
-    """`off` runs every token through all layers."""
+    mode: Annotated[Literal["on", "off", "learn"], BeforeValidator(on_off)] = "on"
+    """`off` runs every token through all layers; `learn` until it has fitted exits."""
     layers: Auto | Annotated[list[Count], Field(min_length=1)] = "auto"
     """Layers after which a token may leave, increasing; `auto`: those of heads, else thirds."""
     heads: Text | None = None
@@ -155,6 +155,25 @@ class ExitSpec(Section):
     """With recompute or verify: once so many tokens wait, the next takes all layers, they too."""
     vocab: VocabSpec = VocabSpec()
     """Vocabulary pruning."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """With learn: share of a row's tokens that exits may change, on average."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """With learn: probability with which the rows that certify this may mislead."""
+    learn_rows: Auto | Annotated[int, Field(ge=10)] = "auto"
+    """With learn: rows that exits are learned from; what delta and epsilon need."""
+    learn_gain: Annotated[float, Field(ge=0)] = 1.0
+    """With learn: seconds that exits have to save, as predicted, for each that learning takes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learns_what_a_learning_job_does_not_say(cls, data: Any) -> Any:
+        """Bridges and a cheap proposal are fitted anyway, so that they are the default there."""
+        if not isinstance(data, dict) or data.get("mode") != "learn":
+            return data
+        for name in ("heads", "calibration", "threshold"):
+            if data.get(name) is not None:
+                raise refused(name, data[name], "nothing where exit.mode is learn")
+        return {"kv": "bridge", "vocab": {"proposal": "low_rank"}} | data
 
     @model_validator(mode="before")
     @classmethod
@@ -172,7 +191,7 @@ class ExitSpec(Section):
 
     @model_validator(mode="after")
     def _bridges_what_was_fitted(self) -> ExitSpec:
-        if self.kv == "bridge" and self.heads is None:
+        if self.kv == "bridge" and self.heads is None and self.mode != "learn":
             raise refused("kv", '"bridge"', "propagate, recompute, verify without exit.heads")
         if self.prefill == "bridge" and self.kv != "bridge":
             raise refused("prefill", '"bridge"', "full unless exit.kv is bridge")
@@ -245,6 +264,7 @@ class JobSpec(Section):
         if self.exit.mode == "off" and self.audit.full_depth_fraction:
             found, allowed = self.audit.full_depth_fraction, "0 where exit.mode is off"
             raise refused("audit.full_depth_fraction", found, allowed)
-        if self.audit.stop_exits and self.audit.delta is None:
+        has_bound = self.exit.mode == "learn" or self.exit.calibration or self.audit.delta
+        if self.audit.stop_exits and not has_bound:
             raise refused("audit.delta", "null", "a share of tokens with audit.stop_exits")
         return self

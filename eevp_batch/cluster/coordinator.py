@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from eevp_batch.cluster import rules
-from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.phases import News, Phases
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries
 from eevp_batch.errors import JobFailedError, StaleAttemptError
-from eevp_batch.records import ChunkStats, Phase
+from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan
@@ -42,7 +42,7 @@ class Coordinator:
         totals: what they add up to.
         on_progress: called about once a second, and once at the end.
         on_message: told in one sentence what a person wants to know as it happens.
-        audit: looks at what audited rows say.
+        phases: tells which chunks have exits.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Coordinator:
         totals: ChunkStats,
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
-        audit: AuditWatch,
+        phases: Phases,
     ) -> None:
         self._spec, self._plan, self._fleet = spec, plan, fleet
         self._committer, self._events = committer, events
         self._on_progress, self._on_message = on_progress, on_message
-        self._audit = audit
-        to_do = (chunk.chunk_id for chunk in plan.chunks if chunk.chunk_id not in done)
+        self._phases = phases
+        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
         self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
         self.totals = totals
         self.recoveries = Recoveries()
@@ -102,9 +102,12 @@ class Coordinator:
             TooManyErrorsError: more rows failed than the job allows.
         """
         rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
+        for news in self._phases.start():
+            self._tell(news)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
             self._start_replicas()
             self._hand_out()
+            self._ask_to_learn()
             for outcome in self._wait():
                 self._take(outcome)
             self._look()
@@ -154,7 +157,7 @@ class Coordinator:
         held = {
             slot.index: len(self._leases.leases_of(slot.name))
             for slot in self._fleet.slots
-            if slot.ready is not None
+            if slot.ready is not None and not slot.is_learning
         }
         while held and self._leases.num_pending:
             slot = self._fleet.slots[min(held, key=lambda index: held[index])]
@@ -170,7 +173,7 @@ class Coordinator:
         return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
 
     def _lease(self, slot: Slot) -> None:
-        lease = self._leases.lease(slot.name, self._phase)
+        lease = self._leases.lease(slot.name, self._phases.phase)
         if lease is None:
             return
         self._write_event(
@@ -183,10 +186,17 @@ class Coordinator:
         )
         self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
 
-    @property
-    def _phase(self) -> Phase:
-        """Of the next lease."""
-        return "full" if self._spec.exit.mode == "off" or self._audit.is_stopped else "exits"
+    def _ask_to_learn(self) -> None:
+        """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
+        slots = [slot for slot in self._fleet.slots if slot.ready is not None]
+        if self._is_draining or not slots or not self._phases.is_learning_due:
+            return
+        slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
+        order = self._phases.learn(self._plan.num_rows - self.totals.rows)
+        text = f"{slot.name} learns exits from {order.num_rows} rows"
+        fields = {"replica": slot.name, "chunks": len(order.chunks)}
+        self._tell(News("learning_started", text, fields))
+        self._fleet.learn(slot, order)
 
     # --- taking in -------------------------------------------------------------------------------
 
@@ -199,9 +209,13 @@ class Coordinator:
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
             outcome.slot.progress = outcome.value
+            outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
             self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
+        elif outcome.call == "learn":
+            outcome.slot.is_learning = False
+            self._tell(self._phases.has_learned(outcome.value))
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
@@ -246,22 +260,16 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
-        self._look_at_audit()
+        for news in self._phases.committed(attempt, self.totals.audit):
+            self._tell(news)
         rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
-
-    def _look_at_audit(self) -> None:
-        """Say it once when the exits change more than they may."""
-        drift = self._audit.look(self.totals.audit)
-        if drift is not None:
-            self._write_event("audit_drift", **drift.to_json())
-            self._on_message(drift.text)
 
     # --- deaths ----------------------------------------------------------------------------------
 
     def _bury(self, slot: Slot, reason: str) -> None:
         """Give a replica up: its chunks are pending again, its slot is free for the next one."""
         name = slot.name
-        returned = self._leases.release(name)
+        returned, was_learning = self._leases.release(name), slot.is_learning
         self._fleet.bury(slot)
         slot.deaths_in_a_row += 1
         slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
@@ -278,6 +286,8 @@ class Coordinator:
                 f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
                 f"{reason}"
             )
+        for news in self._phases.learner_died() if was_learning else ():
+            self._tell(news)
         self._check_suspects([lease.chunk_id for lease in returned], reason)
 
     def _check_suspects(self, chunk_ids: list[int], reason: str) -> None:
@@ -315,6 +325,10 @@ class Coordinator:
             f"stopping: {self._leases.num_leased} chunks under way are finished first; interrupt "
             "again to stop at once, which loses those chunks and nothing else"
         )
+
+    def _tell(self, news: News) -> None:
+        self._write_event(news.event, **news.fields)
+        self._on_message(news.text)
 
     def _write_event(self, event: str, **fields: Any) -> None:
         with self._in_storage():

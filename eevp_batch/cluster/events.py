@@ -11,6 +11,8 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 | `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
+| `learning_started` | `replica`, `chunks` (how many it learns from) |
+| `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |
 | `audit_drift` | `rows`, `disagreement`, `interval`, `bound`, `stops_exits` |
 | `job_draining` | `chunks_in_flight` |
 | `job_finished` | `wall_s`, `rows_ok`, `rows_error`, `generated_tokens`, `replica_deaths` |

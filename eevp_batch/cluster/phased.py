@@ -33,44 +33,58 @@ class PhasedEngine:
 
     def __init__(self, make: Callable[[Phase], RowEngine], phase: Phase) -> None:
         self._make = make
-        self._engine, self._phase = make(phase), phase
+        self._engine: RowEngine | None = make(phase)
+        self._phase = phase
+        self._max_resident = self._engine.max_resident
         self._before: Counter[int] = Counter()
         self._waiting: list[Prompt] = []
 
     @property
     def has_room(self) -> bool:
-        return not self._waiting and self._engine.has_room
+        return not self._waiting and (self._engine is None or self._engine.has_room)
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and self._engine.is_idle
+        return not self._waiting and self._is_empty
 
     @property
     def max_resident(self) -> int:
-        return self._engine.max_resident
+        return self._max_resident
 
     @property
     def stats(self) -> EngineCounters:
-        return _Sum(self._before + self._engine.stats.exit_histogram)
+        now = Counter[int]() if self._engine is None else self._engine.stats.exit_histogram
+        return _Sum(self._before + now)
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._engine is None or self._engine.is_idle
 
     def add(self, prompt: Prompt) -> None:
         """Make a prompt resident, or let it wait for the engine of its phase."""
-        if prompt.phase == self._phase and not self._waiting:
-            self._engine.add(prompt)
-        else:
+        if self._engine is None or prompt.phase != self._phase or self._waiting:
             self._waiting.append(prompt)
+        else:
+            self._engine.add(prompt)
 
     def step(self) -> Sequence[Generation | RowFailure]:
         """Run one batch through one segment, after a change of engines where one is due."""
-        refused = self._change() if self._waiting and self._engine.is_idle else []
-        return refused if self._engine.is_idle else [*refused, *self._engine.step()]
+        refused = self._change() if self._waiting and self._is_empty else []
+        if self._engine is None or self._engine.is_idle:
+            return refused
+        return [*refused, *self._engine.step()]
+
+    def release(self) -> None:
+        """Give the engine up, which has to be idle; it is made again when needed."""
+        self._before = self.stats.exit_histogram
+        self._engine = None
 
     def _change(self) -> list[RowFailure]:
         """Make the engine of the prompts that wait; those that it will not take."""
-        self._before += self._engine.stats.exit_histogram
+        self.release()
         self._phase = self._waiting[0].phase
-        del self._engine
         self._engine = self._make(self._phase)
+        self._max_resident = self._engine.max_resident
         waiting, self._waiting, refused = self._waiting, [], []
         for prompt in waiting:
             try:

@@ -27,8 +27,9 @@ from eevp_batch.cluster.engine_loop import (
     RowEngine,
     row_failure,
 )
+from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.errors import EevpError, JobFailedError, RowError, UnreadableTextError
+from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
@@ -104,6 +105,23 @@ class Replica:
             return await self._process(lease, chunk)
         except Exception as error:
             raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
+
+    async def learn(self, order: LearnOrder) -> LearnAttempt:
+        """Learn exits from what is committed, once the chunks that are here are finished.
+
+        Raises:
+            JobFailedError: an exception that says nothing about the exits.
+        """
+
+        def task(engine: RowEngine, encoder: RowEncoder) -> LearnAttempt:
+            if not isinstance(engine, LearningEngine):
+                raise EngineError(f"{type(engine).__name__} cannot learn exits")
+            return engine.learn(order, encoder, self._store)
+
+        try:
+            return await asyncio.wrap_future(self._loop.call(task))
+        except Exception as error:
+            raise _told(error, f"{self._name}, learning exits") from error
 
     async def progress(self) -> LoopProgress:
         """Counters of the engine."""

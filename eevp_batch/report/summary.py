@@ -60,7 +60,7 @@ class JobSummary:
         exit_layers: the job's exit layers, the model's last layer among them.
         tokens_per_s: as in `Status`.
         audit: what audited rows say; None without any.
-        drift: as in `Status`.
+        learning, drift: as in `Status`.
         samples: at most three, spread over the committed parts.
         written: paths of what the job has left so far.
     """
@@ -77,6 +77,7 @@ class JobSummary:
     exit_layers: list[int]
     tokens_per_s: float | None
     audit: AuditFigures | None
+    learning: str | None
     drift: dict[str, Any] | None
     samples: list[Sample]
     written: list[str]
@@ -127,9 +128,10 @@ def summarise(store: Store) -> JobSummary:
         chunks=status.chunks_total,
         chunks_done=status.chunks_done,
         totals=status.totals,
-        exit_layers=[int(layer) for layer in plan.fields["exit.layers"]],
+        exit_layers=sorted({*plan.fields["exit.layers"], *status.totals.exit_histogram}),
         tokens_per_s=status.tokens_per_s,
         audit=audit_figures(status.totals.audit),
+        learning=status.learning,
         drift=status.drift,
         samples=read_samples(store, plan, NUM_SAMPLES),
         written=_written(store),

@@ -37,6 +37,7 @@ def render_summary(summary: JobSummary, width: int) -> str:
         "layers skipped": None if skipped is None else percent(skipped),
         "ended by": _counts(totals.finish_reasons),
         "errors": _counts(totals.error_classes),
+        "learning": summary.learning,
         "audit": summary.audit and _audit(summary.audit),
         "drift": summary.drift and _drift(summary.drift),
     }
@@ -72,6 +73,7 @@ def render_status(status: Status, width: int, now_unix_s: float) -> str:
         "tokens": f"{number(totals.generated_tokens)} generated",
         "speed": status.tokens_per_s and f"{number(status.tokens_per_s)} tokens/s",
         "mean exit layer": totals.mean_exit_layer and f"{totals.mean_exit_layer:.2f}",
+        "learning": status.learning,
         "audit": figures and _audit(figures),
         "drift": status.drift and _drift(status.drift),
         "last progress": last and f"{duration(max(0.0, now_unix_s - last))} ago",

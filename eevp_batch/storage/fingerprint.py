@@ -12,6 +12,9 @@ from eevp_batch.model_config import ModelConfig, resolve_exit_layers, resolve_pr
 from eevp_batch.spec import AuditSpec, JobSpec
 from eevp_batch.storage.scan import InputFile
 
+_OF_LEARN = ("exit.delta", "exit.epsilon", "exit.learn_rows", "exit.learn_gain")
+_UNUSED_BY_LEARN = ("exit.threshold",)
+
 
 def fingerprint_fields(
     spec: JobSpec,
@@ -29,6 +32,8 @@ def fingerprint_fields(
     del input_fields["input.path"]
     exit_fields = _flat("exit", spec.exit.model_dump(mode="json"))
     del exit_fields["exit.calibration"]  # what it certified stands in exit.threshold
+    for name in _UNUSED_BY_LEARN if spec.exit.mode == "learn" else _OF_LEARN:
+        del exit_fields[name]
     exit_layers = resolve_exit_layers(spec.exit, model.num_layers)
     return {
         "format_version": format_version,

@@ -60,9 +60,10 @@ class Plan:
     @property
     def extras(self) -> Extras:
         """The columns that not every job has."""
+        stops, mode = self.fields.get("audit.stop_exits", False), self.fields["exit.mode"]
         return Extras(
             token_stats=bool(self.fields["output.token_stats"]),
-            phase=bool(self.fields.get("audit.stop_exits", False)),
+            phase=bool(stops) or mode == "learn",
             audit="audit.full_depth_fraction" in self.fields,
         )
 

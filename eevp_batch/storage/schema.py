@@ -56,7 +56,7 @@ class Extras(NamedTuple):
         """Those of a job."""
         return cls(
             token_stats=spec.output.token_stats,
-            phase=spec.audit.stop_exits,
+            phase=spec.audit.stop_exits or spec.exit.mode == "learn",
             audit=spec.audit.full_depth_fraction > 0,
         )
 

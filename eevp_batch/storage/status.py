@@ -12,7 +12,8 @@ from typing import Any, Literal
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.commit import Committer
-from eevp_batch.storage.plan import read_plan
+from eevp_batch.storage.learned import read_learned
+from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.store import Store
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
@@ -32,6 +33,7 @@ class Status:
             first replica's readiness to its last commit; None before that.
         last_progress_unix_s: when the last chunk was finished; None before the first.
         reason: why the last run stopped, where it said so.
+        learning: what became of a job's learning of exits; None where it does not learn.
         drift: what the audit warned of, see `audit_drift` in the event log; None without a warning.
     """
 
@@ -44,6 +46,7 @@ class Status:
     tokens_per_s: float | None
     last_progress_unix_s: float | None
     reason: str | None
+    learning: str | None = None
     drift: dict[str, Any] | None = None
 
     @property
@@ -114,8 +117,16 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
         tokens_per_s=rate,
         last_progress_unix_s=last,
         reason=run.reason,
+        learning=_learning(store, plan),
         drift=run.drift,
     )
+
+
+def _learning(store: Store, plan: Plan) -> str | None:
+    if plan.fields["exit.mode"] != "learn":
+        return None
+    learned = read_learned(store)
+    return "no exits have been learned yet" if learned is None else learned.text
 
 
 def read_events(store: Store) -> Iterator[dict[str, Any]]:

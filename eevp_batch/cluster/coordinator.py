@@ -209,7 +209,8 @@ class Coordinator:
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
             outcome.slot.progress = outcome.value
-            outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
+            if outcome.value.max_resident:  # another engine may hold more or fewer
+                outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
             self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)

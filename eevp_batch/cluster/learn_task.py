@@ -127,7 +127,10 @@ class LearnTask:
         """The exit layers that the job names, or the best ones by quick heads."""
         exit = self.spec.exit
         if exit.layers != "auto":
-            return [layer for layer in exit.layers if layer < self.config.num_layers]
+            early = [layer for layer in exit.layers if layer < self.config.num_layers]
+            if not early:
+                raise UsageError("exit.layers names the last layer alone")
+            return early
         costs = measured_costs(self.cut, _BATCH, exit.vocab.top_k, self._proposal_rank)
         best = choose_exits(self.cut, rows, costs, 1 - exit.delta, seed=self.spec.sampling.seed)[0]
         figures["search"] = best.to_json()

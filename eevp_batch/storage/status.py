@@ -126,7 +126,7 @@ def _learning(store: Store, plan: Plan) -> str | None:
     if plan.fields["exit.mode"] != "learn":
         return None
     learned = read_learned(store)
-    return "no exits have been learned yet" if learned is None else learned.text
+    return "no exits have been learned so far" if learned is None else learned.text
 
 
 def read_events(store: Store) -> Iterator[dict[str, Any]]:

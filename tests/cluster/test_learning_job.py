@@ -2,78 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 
 from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.report.summary import summarise
 from eevp_batch.report.text import render_summary
 from eevp_batch.storage.store import Store
+from tests.learning_jobs import (
+    CHUNK_ROWS,
+    LEARN_ROWS,
+    NUM_ROWS,
+    assert_phases_are_told,
+    learning_job,
+    save_shallow_model,
+)
 from tests.plain_output import events, read_rows
-from tests.real_jobs import run_in_process, write_job
-from tests.tiny_models import build_model, build_tokenizer
+from tests.real_jobs import run_in_process
 
 pytestmark = pytest.mark.ray
 
-NUM_ROWS, CHUNK_ROWS, LEARN_ROWS = 180, 10, 90
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "that", "sleeps")
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of six layers whose last four change nothing: an exit after layer 2 is perfect."""
-    folder = tmp_path_factory.mktemp("models") / "shallow"
-    model = build_model("llama")
-    for layer in model.model.layers[2:]:
-        with torch.no_grad():
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def learning_job(folder: Path, model: Path, exits: dict[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = [
-        f"{' '.join(WORDS[row % 7 : row % 7 + 1 + row % 5])} {row}" for row in range(NUM_ROWS)
-    ]
-    table = pa.table({"id": [f"q{row:03}" for row in range(NUM_ROWS)], "prompt": prompts})
-    pq.write_table(table, folder / "prompts.parquet")
-    exit = {"mode": "learn", "delta": 0.1, "epsilon": 0.2, "learn_rows": LEARN_ROWS}
-    fields = {
-        "input": {"path": "prompts.parquet"},
-        "model": {"path": str(model), "dtype": "float32"},
-        "exit": {**exit, "learn_gain": 0.0, **(exits or {})},
-        "sampling": {"max_new_tokens": 12},
-        "engine": {"max_resident": 8},
-        "run": {"chunk_rows": CHUNK_ROWS},
-        "audit": {"full_depth_fraction": 0.3},
-    }
-    return write_job(folder, fields)
-
-
-def assert_phases_are_told(out: Path) -> dict[str, int]:
-    """Rows, commit records and leases agree on the phase of every chunk; rows by phase."""
-    counts: dict[str, int] = {}
-    records = {
-        int(path.stem): json.loads(path.read_text())["attempt"]["phase"]
-        for path in (out / "_eevp" / "commits").glob("*.json")
-    }
-    leased = {(e["chunk_id"], e["epoch"]): e["phase"] for e in events(out, "chunk_leased")}
-    for event in events(out, "chunk_committed"):
-        assert leased[event["chunk_id"], event["epoch"]] == records[event["chunk_id"]]
-    for row in read_rows(out):
-        assert row["phase"] == records[row["chunk_id"]]
-        assert row["phase"] == "exits" or set(row["exit_layers"]) == {6}
-        counts[row["phase"]] = counts.get(row["phase"], 0) + 1
-    return counts
+    return save_shallow_model(tmp_path_factory.mktemp("models") / "shallow")
 
 
 def test_perfect_exits_are_learned_and_taken(

@@ -150,13 +150,14 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
 @json_option
 def status(out: str, as_json: bool) -> None:
     """Show how far a job is, from its output folder alone."""
+    from eevp_batch.report.summary import status_json
     from eevp_batch.report.text import render_status
     from eevp_batch.storage.status import read_status
     from eevp_batch.storage.store import Store
 
     found = read_status(Store.open(out))
     if as_json:
-        echo_json(found.to_json())
+        echo_json(status_json(found))
     else:
         click.echo(render_status(found, width(), time.time()))
 

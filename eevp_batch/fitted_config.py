@@ -40,8 +40,12 @@ def with_fitted(spec: JobSpec, model: ModelConfig) -> JobSpec:
 
     Raises:
         FittedExitsError: the fitted exits belong to another model, or to other layers.
-        CalibrationError: the calibration certifies something else.
+        CalibrationError: the calibration certifies something else, or the job samples and is to
+            learn exits.
     """
+    if spec.exit.mode == "learn":
+        refuse_sampling(spec)
+        return spec
     return with_certified_thresholds(with_fitted_layers(spec, model), model)
 
 
@@ -103,6 +107,20 @@ def with_certified_thresholds(spec: JobSpec, model: ModelConfig) -> JobSpec:
     found.refuse_others(job_binding(free, model), path)
     certified = {"threshold": list(found.thresholds)}
     return spec.model_copy(update={"exit": exit.model_copy(update=certified)})
+
+
+def certified_delta(spec: JobSpec) -> float | None:
+    """The share of differing tokens that a job's exits are certified for; None if they are not.
+
+    Raises:
+        CalibrationError: the file cannot be read.
+    """
+    if spec.exit.mode == "learn":
+        return spec.exit.delta
+    if spec.exit.mode == "off" or spec.exit.calibration is None:
+        return None
+    found = Calibration.load(Path(spec.exit.calibration))
+    return found.delta if found.risk == "token" else None
 
 
 def refuse_sampling(spec: JobSpec) -> None:

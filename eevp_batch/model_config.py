@@ -153,13 +153,14 @@ def resolve_exit_layers(exit: ExitSpec, num_layers: int) -> list[int]:
     """The layers after which a token may leave, increasing, the last layer always among them.
 
     Args:
-        exit: exits off gives the last layer alone; `auto` the thirds of the model.
+        exit: exits off gives the last layer alone; `auto` the thirds of the model, or the last
+            layer alone where exits are yet to be learned.
         num_layers: L.
 
     Raises:
         SpecError: a layer is not in the model, or the thresholds do not fit the layers.
     """
-    if exit.mode == "off":
+    if exit.mode == "off" or (exit.mode == "learn" and exit.layers == "auto"):
         return [num_layers]
     if exit.layers == "auto":
         layers = sorted({max(1, num_layers // 3), max(1, 2 * num_layers // 3), num_layers})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 RowId = str | int
+Phase = Literal["full", "exits"]
+"""How a chunk was run: every token through all layers, or with the job's exits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,14 @@ class Prompt:
         token_ids: [T] prompt tokens, T >= 1.
         sample_index: 0..n-1, which of the row's generations this is.
         tag: opaque to the engine, handed back with the result (a replica keeps the chunk id here).
+        phase: whether it may leave early; an engine that knows one phase only does not ask.
     """
 
     row_id: RowId
     token_ids: list[int]
     sample_index: int = 0
     tag: Any = None
+    phase: Phase = "exits"
 
 
 class TokenExit(NamedTuple):
@@ -35,6 +39,21 @@ class TokenExit(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """What a generation is beside the one that the whole model makes of the same row.
+
+    Attributes:
+        token_ids: of the whole model.
+        first_divergence: 0-based position of the first token that differs; None where none does.
+        distance: edit distance by the length of the longer one, 0..1.
+    """
+
+    token_ids: list[int]
+    first_divergence: int | None
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One finished generation.
 
@@ -42,6 +61,7 @@ class Generation:
         exits: one entry per generated token, the end token included where it was produced.
         finish_reason: `eos`, `stop` (a stop string) or `length`.
         seed: the 64-bit seed of this (job seed, row id, sample index), unsigned.
+        audit: of an audited row.
     """
 
     row_id: RowId
@@ -53,6 +73,7 @@ class Generation:
     seed: int
     num_layers: int
     tag: Any = None
+    audit: Audit | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -97,6 +118,72 @@ class RowFailure:
     tag: Any = None
 
 
+DISTANCE_STEPS = 1000
+"""Text distances are counted in so many steps from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditCounts:
+    """All that is kept of audited rows; they merge by `+` and do not grow with the rows.
+
+    Attributes:
+        equal: rows that came out as at full depth, by their number of tokens.
+        diverged: the others, by the 0-based position of the first difference and the number of
+            tokens at full depth.
+        distances: all of them, by text distance in `DISTANCE_STEPS`.
+    """
+
+    equal: Counter[int] = field(default_factory=Counter)
+    diverged: Counter[tuple[int, int]] = field(default_factory=Counter)
+    distances: Counter[int] = field(default_factory=Counter)
+
+    def __add__(self, other: AuditCounts) -> AuditCounts:
+        return AuditCounts(
+            equal=self.equal + other.equal,
+            diverged=self.diverged + other.diverged,
+            distances=self.distances + other.distances,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Audited rows."""
+        return self.distances.total()
+
+    @classmethod
+    def of(cls, generations: list[Generation]) -> AuditCounts:
+        """Count the audited ones."""
+        counts = cls()
+        for generation in generations:
+            audit = generation.audit
+            if audit is None:
+                continue
+            if audit.first_divergence is None:
+                counts.equal[generation.generated_tokens] += 1
+            else:
+                counts.diverged[audit.first_divergence, len(audit.token_ids)] += 1
+            counts.distances[round(audit.distance * DISTANCE_STEPS)] += 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; a pair of numbers becomes `4/50`."""
+        diverged = {f"{place}/{length}": n for (place, length), n in sorted(self.diverged.items())}
+        return {
+            "equal": _sorted_counts(self.equal),
+            "diverged": diverged,
+            "distances": _sorted_counts(self.distances),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, dict[str, int]]) -> AuditCounts:
+        """The inverse of `to_json`."""
+        pairs = {tuple(map(int, key.split("/"))): n for key, n in data.get("diverged", {}).items()}
+        return cls(
+            equal=_int_counts(data.get("equal", {})),
+            diverged=Counter({(place, length): n for (place, length), n in pairs.items()}),
+            distances=_int_counts(data.get("distances", {})),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkStats:
     """Counters of one or more chunks; they merge by `+`.
@@ -107,6 +194,7 @@ class ChunkStats:
         exit_histogram: generated tokens by exit layer.
         busy_s: seconds between the start of the chunk on its replica and its attempt file; chunks
             overlap on a replica, so this is not machine time.
+        audit: of the audited rows.
     """
 
     rows_ok: int = 0
@@ -118,6 +206,7 @@ class ChunkStats:
     exit_histogram: Counter[int] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
     error_classes: Counter[str] = field(default_factory=Counter)
+    audit: AuditCounts = field(default_factory=AuditCounts)
 
     def __add__(self, other: ChunkStats) -> ChunkStats:
         return ChunkStats(
@@ -130,6 +219,7 @@ class ChunkStats:
             exit_histogram=self.exit_histogram + other.exit_histogram,
             finish_reasons=self.finish_reasons + other.finish_reasons,
             error_classes=self.error_classes + other.error_classes,
+            audit=self.audit + other.audit,
         )
 
     @property
@@ -162,14 +252,16 @@ class ChunkStats:
             exit_histogram=histogram,
             finish_reasons=Counter(g.finish_reason for g in generations),
             error_classes=Counter(f.error_class for f in failures),
+            audit=AuditCounts.of(generations),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; counters become objects with sorted keys."""
+        """Plain JSON types; counters become objects with sorted keys. No audit where none was."""
         out: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         for name in ("exit_histogram", "finish_reasons", "error_classes"):
-            out[name] = {str(key): count for key, count in sorted(out[name].items())}
-        return out
+            out[name] = _sorted_counts(out[name])
+        audit = out.pop("audit")
+        return {**out, "audit": audit.to_json()} if audit.rows else out
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ChunkStats:
@@ -177,7 +269,16 @@ class ChunkStats:
         stats = cls(**data)
         return replace(
             stats,
-            exit_histogram=Counter({int(k): n for k, n in data["exit_histogram"].items()}),
+            exit_histogram=_int_counts(data["exit_histogram"]),
             finish_reasons=Counter(data["finish_reasons"]),
             error_classes=Counter(data["error_classes"]),
+            audit=AuditCounts.from_json(data.get("audit", {})),
         )
+
+
+def _sorted_counts(counts: Counter[Any]) -> dict[str, int]:
+    return {str(key): count for key, count in sorted(counts.items())}
+
+
+def _int_counts(counts: dict[str, int]) -> Counter[int]:
+    return Counter({int(key): count for key, count in counts.items()})

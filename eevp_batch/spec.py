@@ -10,98 +10,60 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Auto = Literal["auto"]
-Confidence = Literal["margin", "max_prob", "entropy", "hidden_cosine"]
-Dtype = Literal["bfloat16", "float32", "float16"]
-KvPolicy = Literal["propagate", "bridge", "recompute", "verify"]
-PValueKind = Literal["hoeffding_bentkus", "betting"]
-MAX_SEED = 2**63 - 1
+from eevp_batch.spec_parts import (
+    MAX_SEED,
+    Allowed,
+    AuditSpec,
+    Auto,
+    ClusterSpec,
+    Confidence,
+    Count,
+    Dtype,
+    EngineSpec,
+    InputSpec,
+    KvPolicy,
+    OutputSpec,
+    PValueKind,
+    RunSpec,
+    SamplingSpec,
+    Section,
+    Text,
+    on_off,
+    refused,
+)
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)")
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+__all__ = [
+    "MAX_SEED",
+    "Allowed",
+    "AuditSpec",
+    "Auto",
+    "ClusterSpec",
+    "Confidence",
+    "Count",
+    "DecaySpec",
+    "Dtype",
+    "EngineSpec",
+    "ExitSpec",
+    "InputSpec",
+    "JobSpec",
+    "KvPolicy",
+    "ModelSpec",
+    "OutputSpec",
+    "PValueKind",
+    "PromptSpec",
+    "RunSpec",
+    "SamplingSpec",
+    "Text",
+    "VocabSpec",
+    "refused",
+]
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Allowed:
-    """What may stand in a field, in words; rides in its annotation where the type cannot say it."""
-
-    def __init__(self, words: str) -> None:
-        self.words = words
-
-
-def refused(field: str, found: Any, allowed: str) -> PydanticCustomError:
-    """The error of a check that a type cannot express.
-
-    Args:
-        field: dotted name relative to the model that checks.
-        found: what stands there.
-        allowed: what may stand there.
-    """
-    context = {"field": field, "found": found, "allowed": allowed}
-    return PydanticCustomError("refused", "{field}: found {found}; allowed: {allowed}", context)
-
-
-def _on_off(value: Any) -> Any:
-    """YAML 1.1 reads a bare `on` or `off` as a boolean; take it as what was written."""
-    return ("on" if value else "off") if isinstance(value, bool) else value
-
-
-def _size(value: Any) -> Any:
-    """Bytes of a size such as `2GiB`; anything else is left to the type."""
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    return int(float(match[1]) * _UNITS[match[2]]) if match else value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class InputSpec(_Section):
-    """Which rows a job reads."""
-
-    path: Text | Annotated[list[Text], Field(min_length=1)]
-    """Parquet file, folder, glob, list of them, or URI; relative to the job file; required."""
-    id_column: Text = "id"
-    """Column of unique strings or integers that name the rows."""
-    prompt_column: Text | None = "prompt"
-    """Column of prompt strings; `prompt`, null where messages_column or template is given."""
-    messages_column: Text | None = None
-    """Column of lists of {role, content}, instead of prompt_column; none."""
-    keep_columns: list[Text] | Literal["all"] = []
-    """Input columns carried into the output, or `all`; none."""
-    limit: Count | None = None
-    """Number of rows to read, counted over all files in order; all of them."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _messages_replace_the_prompt(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("messages_column") is not None:
-            if data.get("prompt_column") is not None:
-                allowed = "null beside input.messages_column"
-                raise refused("prompt_column", data["prompt_column"], allowed)
-            return data | {"prompt_column": None}
-        return data
-
-    @model_validator(mode="after")
-    def _keeps_each_column_once(self) -> InputSpec:
-        for position, name in enumerate(self.keep_columns):
-            if name in self.keep_columns[:position] and self.keep_columns != "all":
-                raise refused(f"keep_columns[{position}]", repr(name), "each column once")
-        return self
-
-
-class PromptSpec(_Section):
+class PromptSpec(Section):
     """How a row becomes prompt tokens."""
 
     chat: Auto | bool = "auto"
@@ -116,7 +78,7 @@ class PromptSpec(_Section):
     """What a longer prompt becomes: an error row, or its last max_prompt_tokens tokens."""
 
 
-class ModelSpec(_Section):
+class ModelSpec(Section):
     """Which model runs, and how its weights are read."""
 
     path: Text
@@ -136,7 +98,7 @@ class ModelSpec(_Section):
         return self
 
 
-class DecaySpec(_Section):
+class DecaySpec(Section):
     """A threshold that falls as a generation grows (CALM, arXiv 2207.07061, section 3.4)."""
 
     temperature: Annotated[float, Field(gt=0)]
@@ -145,7 +107,7 @@ class DecaySpec(_Section):
     """Whether both terms are scaled by the threshold, as in the code of arXiv 2410.18952."""
 
 
-class VocabSpec(_Section):
+class VocabSpec(Section):
     """Dynamic vocabulary pruning (arXiv 2410.18952)."""
 
     top_k: Count | None = 256
@@ -168,11 +130,11 @@ class VocabSpec(_Section):
         return self
 
 
-class ExitSpec(_Section):
+class ExitSpec(Section):
     """When a token may leave the model early."""
 
-    mode: Annotated[Literal["on", "off"], BeforeValidator(_on_off)] = "on"
-    """`off` runs every token through all layers."""
+    mode: Annotated[Literal["on", "off", "learn"], BeforeValidator(on_off)] = "on"
+    """`off` runs every token through all layers; `learn` until it has fitted exits."""
     layers: Auto | Annotated[list[Count], Field(min_length=1)] = "auto"
     """Layers after which a token may leave, increasing; `auto`: those of heads, else thirds."""
     heads: Text | None = None
@@ -193,6 +155,25 @@ class ExitSpec(_Section):
     """With recompute or verify: once so many tokens wait, the next takes all layers, they too."""
     vocab: VocabSpec = VocabSpec()
     """Vocabulary pruning."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """With learn: share of a row's tokens that exits may change, on average."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """With learn: probability with which the rows that certify this may mislead."""
+    learn_rows: Auto | Annotated[int, Field(ge=10)] = "auto"
+    """With learn: rows that exits are learned from; what delta and epsilon need."""
+    learn_gain: Annotated[float, Field(ge=0)] = 1.0
+    """With learn: seconds that exits have to save, as predicted, for each that learning takes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learns_what_a_learning_job_does_not_say(cls, data: Any) -> Any:
+        """Bridges and a cheap proposal are fitted anyway, so that they are the default there."""
+        if not isinstance(data, dict) or data.get("mode") != "learn":
+            return data
+        for name in ("heads", "calibration", "threshold"):
+            if data.get(name) is not None:
+                raise refused(name, data[name], "nothing where exit.mode is learn")
+        return {"kv": "bridge", "vocab": {"proposal": "low_rank"}} | data
 
     @model_validator(mode="before")
     @classmethod
@@ -210,7 +191,7 @@ class ExitSpec(_Section):
 
     @model_validator(mode="after")
     def _bridges_what_was_fitted(self) -> ExitSpec:
-        if self.kv == "bridge" and self.heads is None:
+        if self.kv == "bridge" and self.heads is None and self.mode != "learn":
             raise refused("kv", '"bridge"', "propagate, recompute, verify without exit.heads")
         if self.prefill == "bridge" and self.kv != "bridge":
             raise refused("prefill", '"bridge"', "full unless exit.kv is bridge")
@@ -224,76 +205,7 @@ class ExitSpec(_Section):
         return self
 
 
-class SamplingSpec(_Section):
-    """How a token is chosen and when a generation ends."""
-
-    n: Count = 1
-    """Generations per row."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Divides the scores before sampling; 0 takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Samples among the likeliest tokens that together have this probability."""
-    top_k: Count | None = None
-    """Samples among so many likeliest tokens; all."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides positive and multiplies negative scores of tokens already in the text; 1: none."""
-    max_new_tokens: Count = 256
-    """Most tokens of a generation."""
-    stop: list[Text] = []
-    """Strings that end a generation and are left out of its text; none."""
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
-    """Together with row id and sample index it fixes every random choice."""
-
-
-class EngineSpec(_Section):
-    """How much one replica works on at a time; changes speed and memory, never the output."""
-
-    max_batch: Auto | Count = "auto"
-    """Sequences per forward pass; what suits the device."""
-    max_resident: Auto | Count = "auto"
-    """Sequences held in memory; a batch, and a full one for each depth but the first."""
-    kv_memory: Annotated[
-        Auto | Count, BeforeValidator(_size), Allowed("auto, or a size such as 2GiB or 512MiB")
-    ] = "auto"
-    """Memory for keys and values, in bytes or as `2GiB`; a share of what is free."""
-    prefix_sharing: bool = True
-    """Whether a beginning that many prompts share is computed once."""
-
-
-class ClusterSpec(_Section):
-    """How many replicas run, and on what; changes speed, never the output."""
-
-    replicas: Count = 1
-    """Copies of the model that work side by side."""
-    gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs of one replica; 1 where there is a GPU, else 0."""
-    cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = "auto"
-    """CPU cores of one replica; an equal share of the machine's."""
-
-
-class RunSpec(_Section):
-    """How work is cut, retried and judged."""
-
-    chunk_rows: Count = 256
-    """Rows that are leased, retried and committed together."""
-    max_attempts: Count = 3
-    """How often a row that fails is tried before it becomes an error row."""
-    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of error rows above which the job ends with exit code 3."""
-
-
-class OutputSpec(_Section):
-    """Where the output goes."""
-
-    path: Text
-    """Folder or URI, relative to the job file; required."""
-    compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
-    """Parquet compression."""
-    token_stats: bool = True
-    """Whether exit layer and confidence of every token are written."""
-
-
-class JobSpec(_Section):
+class JobSpec(Section):
     """One job file."""
 
     version: Annotated[int, Field(ge=1, le=1), Allowed("1")] = 1
@@ -320,6 +232,8 @@ class JobSpec(_Section):
     """How many replicas run."""
     run: RunSpec = RunSpec()
     """How work is cut, retried and judged."""
+    audit: AuditSpec = AuditSpec()
+    """Which rows are also generated at full depth."""
     output: OutputSpec
     """Where the output goes."""
 
@@ -343,4 +257,14 @@ class JobSpec(_Section):
         if not any(given):
             allowed = "a column, where neither input.messages_column nor prompt.template is given"
             raise refused("input.prompt_column", "null", allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _audits_exits(self) -> JobSpec:
+        if self.exit.mode == "off" and self.audit.full_depth_fraction:
+            found, allowed = self.audit.full_depth_fraction, "0 where exit.mode is off"
+            raise refused("audit.full_depth_fraction", found, allowed)
+        has_bound = self.exit.mode == "learn" or self.exit.calibration or self.audit.delta
+        if self.audit.stop_exits and not has_bound:
+            raise refused("audit.delta", "null", "a share of tokens with audit.stop_exits")
         return self

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from eevp_batch.cluster import rules
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.phases import News, Phases
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries
-from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
+from eevp_batch.errors import JobFailedError, StaleAttemptError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
@@ -40,6 +42,7 @@ class Coordinator:
         totals: what they add up to.
         on_progress: called about once a second, and once at the end.
         on_message: told in one sentence what a person wants to know as it happens.
+        phases: tells which chunks have exits.
     """
 
     def __init__(
@@ -53,11 +56,13 @@ class Coordinator:
         totals: ChunkStats,
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
+        phases: Phases,
     ) -> None:
         self._spec, self._plan, self._fleet = spec, plan, fleet
         self._committer, self._events = committer, events
         self._on_progress, self._on_message = on_progress, on_message
-        to_do = (chunk.chunk_id for chunk in plan.chunks if chunk.chunk_id not in done)
+        self._phases = phases
+        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
         self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
         self.totals = totals
         self.recoveries = Recoveries()
@@ -96,10 +101,13 @@ class Coordinator:
             JobFailedError: a replica's code failed, or replicas kept dying.
             TooManyErrorsError: more rows failed than the job allows.
         """
-        self._check_error_rate()
+        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
+        for news in self._phases.start():
+            self._tell(news)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
             self._start_replicas()
             self._hand_out()
+            self._ask_to_learn()
             for outcome in self._wait():
                 self._take(outcome)
             self._look()
@@ -149,7 +157,7 @@ class Coordinator:
         held = {
             slot.index: len(self._leases.leases_of(slot.name))
             for slot in self._fleet.slots
-            if slot.ready is not None
+            if slot.ready is not None and not slot.is_learning
         }
         while held and self._leases.num_pending:
             slot = self._fleet.slots[min(held, key=lambda index: held[index])]
@@ -165,7 +173,7 @@ class Coordinator:
         return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
 
     def _lease(self, slot: Slot) -> None:
-        lease = self._leases.lease(slot.name)
+        lease = self._leases.lease(slot.name, self._phases.phase)
         if lease is None:
             return
         self._write_event(
@@ -174,17 +182,21 @@ class Coordinator:
             epoch=lease.epoch,
             attempt=lease.attempt_no,
             replica=lease.replica,
+            phase=lease.phase,
         )
         self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
 
-    def _max_leases(self, max_resident: int) -> int:
-        """Leases that keep a replica's engine full.
-
-        While the oldest chunk drains, the others must fill the engine alone: beside it that takes
-        ceil(sequences the engine can hold / sequences of an average chunk), and one at least.
-        """
-        sequences = self._plan.num_rows * self._plan.num_samples / len(self._plan.chunks)
-        return 1 + max(1, math.ceil(max_resident / sequences))
+    def _ask_to_learn(self) -> None:
+        """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
+        slots = [slot for slot in self._fleet.slots if slot.ready is not None]
+        if self._is_draining or not slots or not self._phases.is_learning_due:
+            return
+        slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
+        order = self._phases.learn(self._plan.num_rows - self.totals.rows)
+        text = f"{slot.name} learns exits from {order.num_rows} rows"
+        fields = {"replica": slot.name, "chunks": len(order.chunks)}
+        self._tell(News("learning_started", text, fields))
+        self._fleet.learn(slot, order)
 
     # --- taking in -------------------------------------------------------------------------------
 
@@ -197,9 +209,14 @@ class Coordinator:
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
             outcome.slot.progress = outcome.value
+            if outcome.value.max_resident:  # another engine may hold more or fewer
+                outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
             self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
+        elif outcome.call == "learn":
+            outcome.slot.is_learning = False
+            self._tell(self._phases.has_learned(outcome.value))
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
@@ -210,7 +227,7 @@ class Coordinator:
 
     def _take_ready(self, slot: Slot, ready: Any) -> None:
         slot.ready = ready
-        slot.max_leases = self._max_leases(ready.max_resident)
+        slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
         self._meter.replica_is_ready(time.monotonic())
         self._write_event(
             "replica_ready",
@@ -244,30 +261,19 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
-        self._check_error_rate()
-
-    def _check_error_rate(self) -> None:
-        """Stop as soon as it is certain; at the latest the last commit tells."""
-        allowed = math.floor(self._spec.run.max_error_rate * self._plan.num_rows + 1e-9)
-        if self.totals.rows_error > allowed:
-            classes = ", ".join(
-                f"{n} {name}" for name, n in self.totals.error_classes.most_common()
-            )
-            raise TooManyErrorsError(
-                f"{self.totals.rows_error} of {self.totals.rows} rows are in error ({classes}); "
-                f"run.max_error_rate {self._spec.run.max_error_rate} allows {allowed} of "
-                f"{self._plan.num_rows}"
-            )
+        for news in self._phases.committed(attempt, self.totals.audit):
+            self._tell(news)
+        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
 
     # --- deaths ----------------------------------------------------------------------------------
 
     def _bury(self, slot: Slot, reason: str) -> None:
         """Give a replica up: its chunks are pending again, its slot is free for the next one."""
         name = slot.name
-        returned = self._leases.release(name)
+        returned, was_learning = self._leases.release(name), slot.is_learning
         self._fleet.bury(slot)
         slot.deaths_in_a_row += 1
-        slot.not_before_s = time.monotonic() + _start_delay_s(slot.deaths_in_a_row)
+        slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
         self.recoveries += Recoveries(replica_deaths=1, chunks_returned=len(returned))
         self._write_event(
             "replica_dead",
@@ -281,6 +287,8 @@ class Coordinator:
                 f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
                 f"{reason}"
             )
+        for news in self._phases.learner_died() if was_learning else ():
+            self._tell(news)
         self._check_suspects([lease.chunk_id for lease in returned], reason)
 
     def _check_suspects(self, chunk_ids: list[int], reason: str) -> None:
@@ -319,6 +327,10 @@ class Coordinator:
             "again to stop at once, which loses those chunks and nothing else"
         )
 
+    def _tell(self, news: News) -> None:
+        self._write_event(news.event, **news.fields)
+        self._on_message(news.text)
+
     def _write_event(self, event: str, **fields: Any) -> None:
         with self._in_storage():
             self._events.write(event, **fields)
@@ -334,8 +346,3 @@ class Coordinator:
 
 def _names(lease: Lease) -> dict[str, Any]:
     return {"chunk_id": lease.chunk_id, "epoch": lease.epoch, "replica": lease.replica}
-
-
-def _start_delay_s(deaths_in_a_row: int) -> float:
-    """How long a slot stays empty after so many deaths in a row: 0, 0.5, 1, 2, ... at most 30 s."""
-    return 0.0 if deaths_in_a_row <= 1 else min(30.0, 0.5 * 2.0 ** (deaths_in_a_row - 2))

@@ -13,12 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
 
 _SNAPSHOT_EVERY_S = 0.25
+
+_T = TypeVar("_T")
 
 
 class EngineCounters(Protocol):
@@ -92,12 +94,14 @@ class LoopProgress:
         tokens, exit_histogram: since the engine was built.
         finished_rows: since the engine was built, rows without a prompt included.
         waiting_prompts: prompts that stand before the engine.
+        max_resident: the most sequences that the engine of the moment can hold.
     """
 
     tokens: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
     finished_rows: int = 0
     waiting_prompts: int = 0
+    max_resident: int = 0
 
 
 class ChunkWork:
@@ -166,6 +170,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._line: deque[Prompt] = deque()
         self._open: dict[int, ChunkWork] = {}
+        self._tasks: deque[Callable[[], None]] = deque()
         self._error: BaseException | None = None
         self._is_closed = False
         self._finished_rows = 0
@@ -187,6 +192,27 @@ class EngineLoop:
                 self._line.extend(work.prompts)
                 self._changed.notify()
         return work.future
+
+    def call(self, task: Callable[[RowEngine, RowEncoder], _T]) -> Future[_T]:
+        """Run something else in the thread, once the engine has nothing to do; any thread may call.
+
+        What the task raises goes to its future and ends nothing.
+        """
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(task(*self.built.result()))
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._error is not None:
+                future.set_exception(self._error)
+            else:
+                self._tasks.append(run)
+                self._changed.notify()
+        return future
 
     def progress(self) -> LoopProgress:
         """Counters, at most a quarter of a second old while the engine is busy."""
@@ -215,12 +241,15 @@ class EngineLoop:
         with self._changed:
             if engine.is_idle and not self._line:
                 self._take_snapshot(engine)
-            while engine.is_idle and not self._line and not self._is_closed:
+            while not (self._line or self._tasks or self._is_closed) and engine.is_idle:
                 self._changed.wait()
             return not self._is_closed
 
     def _turn(self, engine: RowEngine) -> None:
-        """Admit what fits, run one step, hand out what finished."""
+        """Admit what fits, run one step, hand out what finished; or do one task."""
+        if self._tasks and engine.is_idle and not self._line:
+            self._tasks.popleft()()
+            return
         admitted = self._admit(engine)
         if not engine.is_idle:
             for result in engine.step():
@@ -266,6 +295,7 @@ class EngineLoop:
             exit_histogram=Counter(engine.stats.exit_histogram),
             finished_rows=self._finished_rows,
             waiting_prompts=len(self._line),
+            max_resident=engine.max_resident,
         )
 
     def _fail(self, error: BaseException) -> None:

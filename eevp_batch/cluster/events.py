@@ -8,9 +8,12 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 | `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
 | `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s` |
 | `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
-| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica` |
+| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
+| `learning_started` | `replica`, `chunks` (how many it learns from) |
+| `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |
+| `audit_drift` | `rows`, `disagreement`, `interval`, `bound`, `stops_exits` |
 | `job_draining` | `chunks_in_flight` |
 | `job_finished` | `wall_s`, `rows_ok`, `rows_error`, `generated_tokens`, `replica_deaths` |
 | `job_interrupted`, `job_failed` | `reason`, `chunks_committed`, `wall_s` |

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from eevp_batch.cluster.engine_loop import LoopProgress
+from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import Replica, ReplicaReady
 from eevp_batch.errors import EevpError, JobFailedError
@@ -24,7 +25,7 @@ from eevp_batch.storage.plan import Chunk
 
 _PID = re.compile(r"\bpid: (\d+)")
 
-Call = Literal["ready", "process", "progress"]
+Call = Literal["ready", "process", "progress", "learn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Slot:
         not_before_s: monotonic time before which no replica is started here.
         ready: None until the replica's engine is built.
         committed_rows: input rows in committed attempts of the replica.
+        is_learning: whether it is asked for exits, and gets no chunks meanwhile.
     """
 
     index: int
@@ -60,6 +62,7 @@ class Slot:
     ready: ReplicaReady | None = None
     max_leases: int = 0
     committed_rows: int = 0
+    is_learning: bool = False
     progress: LoopProgress = field(default_factory=LoopProgress)
 
     @property
@@ -139,6 +142,11 @@ class Fleet:
         """Send a lease to the slot's replica."""
         self._remember(slot.handle.process.remote(lease, chunk), slot, "process", lease)
 
+    def learn(self, slot: Slot, order: LearnOrder) -> None:
+        """Ask the slot's replica to learn exits."""
+        slot.is_learning = True
+        self._remember(slot.handle.learn.remote(order), slot, "learn")
+
     def poll(self) -> None:
         """Ask each ready replica that has answered the last poll for its progress."""
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
@@ -168,7 +176,7 @@ class Fleet:
         ray.kill(slot.handle, no_restart=True)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] is not slot}
         slot.handle = slot.ready = None
-        slot.progress, slot.committed_rows = LoopProgress(), 0
+        slot.progress, slot.committed_rows, slot.is_learning = LoopProgress(), 0, False
 
     def close(self) -> None:
         """Kill every replica."""

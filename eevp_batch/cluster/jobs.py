@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,12 +20,14 @@ from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
 from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
+from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
 from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError, UsageError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec, JobSpec
-from eevp_batch.storage.commit import Committer
+from eevp_batch.storage.commit import Attempt, Committer
+from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
 
@@ -134,6 +136,7 @@ class _Run:
 
     def _run(self, interrupts: Interrupts) -> JobResult:
         self.committer.clean_attempts()
+        clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()
         self.events.write(
             "job_resumed" if done else "job_started",
@@ -157,9 +160,10 @@ class _Run:
     ) -> Coordinator:
         """Run the coordinator on a fleet that ends with it."""
         resources = replica_resources(self.spec.cluster, _offered())
-        build = self.build or partial(_load, self.spec, self.model, resources.num_threads)
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
+        job = (self.spec, self.model, small_plan, self.store.text)
+        build = self.build or partial(_load, *job, resources.num_threads)
         fleet = Fleet(
             namespace=self.plan.run_id,
             size=self.spec.cluster.replicas,
@@ -177,6 +181,7 @@ class _Run:
             totals=before,
             on_progress=self.on_progress,
             on_message=self.on_message,
+            phases=Phases(self.spec, self.plan, self.store, self._attempts()),
         )
         self.coordinator = coordinator
         interrupts.drain_with(coordinator.drain)
@@ -187,6 +192,9 @@ class _Run:
         if not coordinator.is_finished:
             raise KeyboardInterrupt
         return coordinator
+
+    def _attempts(self) -> Iterator[Attempt]:
+        return (record.attempt for record in self.committer.records())
 
     def _finish(
         self,
@@ -284,11 +292,13 @@ def _offered() -> dict[str, float]:
     return resources
 
 
-def _load(spec: JobSpec, model: ModelConfig, num_threads: int) -> tuple[RowEngine, RowEncoder]:
+def _load(
+    spec: JobSpec, model: ModelConfig, plan: Plan, store_text: str, num_threads: int
+) -> tuple[RowEngine, RowEncoder]:
     # Imported in the replica only: the driver needs no torch.
-    from eevp_batch.engine.load import load_engine
+    from eevp_batch.cluster.engines import load_engines
 
-    return load_engine(spec, model, num_threads)
+    return load_engines(spec, model, plan, store_text, num_threads)
 
 
 def _print_message(text: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eevp_batch.errors import StaleAttemptError
+from eevp_batch.records import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,14 @@ class Lease:
         epoch: 1.. and unique over all leases of the table.
         attempt_no: 1 for the first attempt at the chunk in this run.
         replica: name of the replica that holds it.
+        phase: how the attempt is to be made.
     """
 
     chunk_id: int
     epoch: int
     attempt_no: int
     replica: str
+    phase: Phase = "exits"
 
 
 class LeaseTable:
@@ -63,7 +66,7 @@ class LeaseTable:
     def num_unfinished(self) -> int:
         return self.num_pending + self.num_leased
 
-    def lease(self, replica: str) -> Lease | None:
+    def lease(self, replica: str, phase: Phase = "exits") -> Lease | None:
         """Lease the next pending chunk to `replica`; None when nothing is pending."""
         if self._returned:
             chunk_id = heapq.heappop(self._returned)
@@ -72,7 +75,7 @@ class LeaseTable:
             self._num_untouched -= 1
         else:
             return None
-        lease = Lease(chunk_id, self._next_epoch, 1 + self.deaths(chunk_id), replica)
+        lease = Lease(chunk_id, self._next_epoch, 1 + self.deaths(chunk_id), replica, phase)
         self._next_epoch += 1
         self._leased[chunk_id] = lease
         self._held.setdefault(replica, {})[chunk_id] = lease

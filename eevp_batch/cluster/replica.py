@@ -27,9 +27,10 @@ from eevp_batch.cluster.engine_loop import (
     RowEngine,
     row_failure,
 )
+from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.errors import EevpError, JobFailedError, RowError, UnreadableTextError
-from eevp_batch.records import Prompt, RowFailure
+from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
+from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
 from eevp_batch.storage.commit import Attempt, write_attempt
@@ -105,6 +106,23 @@ class Replica:
         except Exception as error:
             raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
 
+    async def learn(self, order: LearnOrder) -> LearnAttempt:
+        """Learn exits from what is committed, once the chunks that are here are finished.
+
+        Raises:
+            JobFailedError: an exception that says nothing about the exits.
+        """
+
+        def task(engine: RowEngine, encoder: RowEncoder) -> LearnAttempt:
+            if not isinstance(engine, LearningEngine):
+                raise EngineError(f"{type(engine).__name__} cannot learn exits")
+            return engine.learn(order, encoder, self._store)
+
+        try:
+            return await asyncio.wrap_future(self._loop.call(task))
+        except Exception as error:
+            raise _told(error, f"{self._name}, learning exits") from error
+
     async def progress(self) -> LoopProgress:
         """Counters of the engine."""
         return self._loop.progress()
@@ -129,6 +147,7 @@ class Replica:
                 result.failures,
                 self._name,
                 started_unix_s,
+                lease.phase,
             ),
         )
 
@@ -143,6 +162,7 @@ class Replica:
             encoder,
             self._spec.sampling.n,
             lease.epoch,
+            lease.phase,
         )
         return source, ChunkWork(lease.epoch, prompts, failures)
 
@@ -154,6 +174,7 @@ def encode_rows(
     encoder: RowEncoder,
     n: int,
     tag: int,
+    phase: Phase = "exits",
 ) -> tuple[list[Prompt], list[RowFailure]]:
     """Encode each row once, for n samples; a row that cannot be done becomes a failure.
 
@@ -164,6 +185,7 @@ def encode_rows(
         encoder: encodes a row's prompt.
         n: prompts per row.
         tag: goes into each prompt.
+        phase: goes into each prompt.
     """
     prompts: list[Prompt] = []
     failures: list[RowFailure] = []
@@ -175,7 +197,7 @@ def encode_rows(
         except RowError as error:
             failures.append(row_failure(row[id_column], error))
             continue
-        prompts += [Prompt(row[id_column], token_ids, sample, tag) for sample in range(n)]
+        prompts += [Prompt(row[id_column], token_ids, sample, tag, phase) for sample in range(n)]
     return prompts, failures
 
 

@@ -113,6 +113,11 @@ class Engine:
         self.runner = SegmentRunner(model, self.pool, recorder_for(model))
 
     @property
+    def model(self) -> SegmentedModel:
+        """The model, cut at this engine's exit layers."""
+        return self._model
+
+    @property
     def pool(self) -> KvPool:
         """Keys and values."""
         return self._residents.pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,10 +30,25 @@ from eevp_batch.model_config import (
 from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, PromptSpec, SamplingSpec
 
 
+class Loaded(NamedTuple):
+    """A job's model, and what turns rows into its tokens."""
+
+    weights: PreTrainedModel
+    tokenizer: Any
+    encoder: PromptEncoder
+
+
 def load_engine(
     spec: JobSpec, model: ModelConfig, num_threads: int | None = None
 ) -> tuple[Engine, PromptEncoder]:
-    """The engine and the prompt encoder of a job.
+    """The engine and the prompt encoder of a job; see `load_job_model`."""
+    loaded = load_job_model(spec, model, num_threads)
+    engine = build_engine(loaded.weights, loaded.tokenizer, spec.exit, spec.sampling, spec.engine)
+    return engine, loaded.encoder
+
+
+def load_job_model(spec: JobSpec, model: ModelConfig, num_threads: int | None = None) -> Loaded:
+    """Read a job's model and tokenizer.
 
     Args:
         spec: the job.
@@ -48,9 +63,7 @@ def load_engine(
     tokenizer = load_tokenizer(model, spec.model)
     room = prompt_room(spec.sampling, model)
     encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, room)
-    weights = load_weights(spec.model, model)
-    engine = build_engine(weights, tokenizer, spec.exit, spec.sampling, spec.engine)
-    return engine, encoder
+    return Loaded(load_weights(spec.model, model), tokenizer, encoder)
 
 
 def load(
@@ -158,6 +171,7 @@ def build_engine(
     engine: EngineSpec,
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
+    cut: SegmentedModel | None = None,
 ) -> Engine:
     """An engine around a loaded model.
 
@@ -169,14 +183,14 @@ def build_engine(
         engine: batch and memory.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
+        cut: the model of another engine around the same weights; its layers are shared.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
     """
     keep_freed_memory()
-    return cut_model(weights, tokenizer, exit, fitted, kernel).engine(
-        tokenizer, exit, sampling, engine
-    )
+    found = cut_model(weights, tokenizer, exit, fitted, kernel, cut)
+    return found.engine(tokenizer, exit, sampling, engine)
 
 
 def cut_model(
@@ -185,6 +199,7 @@ def cut_model(
     exit: ExitSpec,
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
+    cut: SegmentedModel | None = None,
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -194,6 +209,7 @@ def cut_model(
         exit: exits; layers are resolved against the model.
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
+        cut: the model of another engine around the same weights; its layers are shared.
 
     Raises:
         UsageError: the settings do not fit the model or the device.
@@ -206,7 +222,7 @@ def cut_model(
     factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
     # Before the model is cut.
     proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
-    model = SegmentedModel(weights, exit_layers, kernel)
+    model = cut.recut(exit_layers) if cut else SegmentedModel(weights, exit_layers, kernel)
     short_prompt = None
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))

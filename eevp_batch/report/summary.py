@@ -15,8 +15,9 @@ from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.commit import committed_chunks
 from eevp_batch.storage.plan import Plan, read_plan
-from eevp_batch.storage.status import State, read_status
+from eevp_batch.storage.status import State, Status, read_status
 from eevp_batch.storage.store import Store
+from eevp_batch.tune.audited import AuditFigures, audit_figures
 
 NUM_SAMPLES = 3
 
@@ -58,6 +59,8 @@ class JobSummary:
         totals: counters of the committed chunks.
         exit_layers: the job's exit layers, the model's last layer among them.
         tokens_per_s: as in `Status`.
+        audit: what audited rows say; None without any.
+        learning, drift: as in `Status`.
         samples: at most three, spread over the committed parts.
         written: paths of what the job has left so far.
     """
@@ -73,6 +76,9 @@ class JobSummary:
     totals: ChunkStats
     exit_layers: list[int]
     tokens_per_s: float | None
+    audit: AuditFigures | None
+    learning: str | None
+    drift: dict[str, Any] | None
     samples: list[Sample]
     written: list[str]
 
@@ -92,6 +98,7 @@ class JobSummary:
         return {
             **values,
             "totals": self.totals.to_json(),
+            "audit": self.audit and self.audit.to_json(),
             "num_layers": self.num_layers,
             "mean_exit_layer": self.totals.mean_exit_layer,
             "layers_skipped_fraction": self.layers_skipped_fraction,
@@ -121,11 +128,20 @@ def summarise(store: Store) -> JobSummary:
         chunks=status.chunks_total,
         chunks_done=status.chunks_done,
         totals=status.totals,
-        exit_layers=[int(layer) for layer in plan.fields["exit.layers"]],
+        exit_layers=sorted({*plan.fields["exit.layers"], *status.totals.exit_histogram}),
         tokens_per_s=status.tokens_per_s,
+        audit=audit_figures(status.totals.audit),
+        learning=status.learning,
+        drift=status.drift,
         samples=read_samples(store, plan, NUM_SAMPLES),
         written=_written(store),
     )
+
+
+def status_json(status: Status) -> dict[str, Any]:
+    """A status as plain JSON types, with what audited rows say so far."""
+    figures = audit_figures(status.totals.audit)
+    return {**status.to_json(), "audit": figures and figures.to_json()}
 
 
 def read_samples(store: Store, plan: Plan, count: int) -> list[Sample]:

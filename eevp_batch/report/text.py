@@ -10,6 +10,7 @@ from typing import Any
 from eevp_batch.report.forecast import Forecast
 from eevp_batch.report.summary import JobSummary, Sample
 from eevp_batch.storage.status import Status
+from eevp_batch.tune.audited import AuditFigures, audit_figures
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SAMPLE_LINES = 4
@@ -36,6 +37,9 @@ def render_summary(summary: JobSummary, width: int) -> str:
         "layers skipped": None if skipped is None else percent(skipped),
         "ended by": _counts(totals.finish_reasons),
         "errors": _counts(totals.error_classes),
+        "learning": summary.learning,
+        "audit": summary.audit and _audit(summary.audit),
+        "drift": summary.drift and _drift(summary.drift),
     }
     blocks = [f"{summary.run_id}: {_state(summary.state, summary.reason)}\n{_facts(facts)}"]
     if totals.exit_histogram:
@@ -58,6 +62,7 @@ def render_status(status: Status, width: int, now_unix_s: float) -> str:
     """
     totals, last = status.totals, status.last_progress_unix_s
     done = status.rows_done / status.rows_total if status.rows_total else 1.0
+    figures = audit_figures(totals.audit)
     left = None
     if status.state == "running" and status.tokens_per_s and totals.generated_tokens:
         tokens_left = totals.generated_tokens * (status.rows_total / status.rows_done - 1)
@@ -68,6 +73,9 @@ def render_status(status: Status, width: int, now_unix_s: float) -> str:
         "tokens": f"{number(totals.generated_tokens)} generated",
         "speed": status.tokens_per_s and f"{number(status.tokens_per_s)} tokens/s",
         "mean exit layer": totals.mean_exit_layer and f"{totals.mean_exit_layer:.2f}",
+        "learning": status.learning,
+        "audit": figures and _audit(figures),
+        "drift": status.drift and _drift(status.drift),
         "last progress": last and f"{duration(max(0.0, now_unix_s - last))} ago",
         "time left": left,
     }
@@ -201,6 +209,21 @@ def _rows(rows_in: int, ok: int, error: int) -> str:
 def _counts(counts: Mapping[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{name} {number(count)}" for name, count in ordered)
+
+
+def _audit(found: AuditFigures) -> str:
+    low, high = (percent(share) for share in found.disagreement_interval)
+    return (
+        f"{number(found.rows)} rows at full depth too: {percent(found.disagreement)} of the "
+        f"tokens differ ({low} to {high}), "
+        f"{percent(found.diverged / found.rows)} of the rows come out otherwise, "
+        f"text distance {found.distance:.3f}"
+    )
+
+
+def _drift(event: Mapping[str, Any]) -> str:
+    then = "; exits were stopped" if event.get("stops_exits") else ""
+    return f"more tokens differ than the {percent(event['bound'])} allowed{then}"
 
 
 def _state(state: str, reason: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eevp_batch.records import ChunkStats, Generation, RowFailure
+from eevp_batch.records import ChunkStats, Generation, Phase, RowFailure
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import build_tables, result_ids
@@ -33,6 +33,7 @@ class Attempt:
         rows_ok, rows_error: input rows.
         generations: output rows.
         id_digest: `ids_digest` of the row ids in both files.
+        phase: how the rows were run.
     """
 
     chunk_id: int
@@ -52,6 +53,7 @@ class Attempt:
     stats: ChunkStats
     started_unix_s: float
     finished_unix_s: float
+    phase: Phase = "exits"
 
     @property
     def paths(self) -> list[str]:
@@ -81,6 +83,7 @@ def write_attempt(
     failures: Sequence[RowFailure],
     replica: str,
     started: float,
+    phase: Phase = "exits",
 ) -> Attempt:
     """Write a chunk's results durably and describe them.
 
@@ -91,7 +94,7 @@ def write_attempt(
         EngineError: a row has no result, two results, or not all of its samples.
         OSError: the storage refused.
     """
-    data, errors = build_tables(plan, spec, chunk, attempt_no, source, generations, failures)
+    data, errors = build_tables(plan, spec, chunk, attempt_no, source, generations, failures, phase)
     token = uuid.uuid4().hex[:8]
     compression = spec.output.compression
     data_file = _write(store, layout.attempt_data(chunk.chunk_id, epoch, token), data, compression)
@@ -118,6 +121,7 @@ def write_attempt(
         stats=stats,
         started_unix_s=started,
         finished_unix_s=finished,
+        phase=phase,
     )
 
 

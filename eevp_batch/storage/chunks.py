@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from eevp_batch.errors import EngineError, InputError, JobFailedError
-from eevp_batch.records import Generation, RowFailure, RowId
+from eevp_batch.records import Generation, Phase, RowFailure, RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.ids import ids_digest
 from eevp_batch.storage.inputs import InputParquet
@@ -104,6 +104,7 @@ def build_tables(
     source: Any,
     generations: Sequence[Generation],
     failures: Sequence[RowFailure],
+    phase: Phase = "exits",
 ) -> tuple[Any | None, Any | None]:
     """Lay a chunk's results out as the two tables of its parts, in input order, then by sample.
 
@@ -120,7 +121,7 @@ def build_tables(
     place = {row_id: row for row, row_id in enumerate(ids)}
     done = sorted(generations, key=lambda g: (place[g.row_id], g.sample_index))
     failed = sorted(failures, key=lambda f: place[f.row_id])
-    data = _data_table(plan, spec, chunk, attempt_no, source, place, done) if done else None
+    data = _data_table(plan, spec, chunk, attempt_no, source, place, done, phase) if done else None
     return data, _error_table(plan, chunk, failed) if failed else None
 
 
@@ -140,6 +141,7 @@ def _data_table(
     source: Any,
     place: dict[RowId, int],
     done: Sequence[Generation],
+    phase: Phase,
 ) -> Any:
     schema = output_schema(source.schema, spec, plan.id_type, plan.metadata)
     carried = source.take(pa.array([place[g.row_id] for g in done], pa.int64()))
@@ -159,6 +161,10 @@ def _data_table(
         "seed": [g.seed for g in done],
         "chunk_id": [chunk.chunk_id] * len(done),
         "attempt": [attempt_no] * len(done),
+        "phase": [phase] * len(done),
+        "audit_token_ids": [g.audit and g.audit.token_ids for g in done],
+        "audit_first_divergence": [g.audit and g.audit.first_divergence for g in done],
+        "audit_distance": [g.audit and g.audit.distance for g in done],
     }
     return _table(columns, schema)
 

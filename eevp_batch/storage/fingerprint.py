@@ -9,8 +9,11 @@ from typing import Any
 
 from eevp_batch.fitted_config import heads_hash
 from eevp_batch.model_config import ModelConfig, resolve_exit_layers, resolve_prune_layer
-from eevp_batch.spec import JobSpec
+from eevp_batch.spec import AuditSpec, JobSpec
 from eevp_batch.storage.scan import InputFile
+
+_OF_LEARN = ("exit.delta", "exit.epsilon", "exit.learn_rows", "exit.learn_gain")
+_UNUSED_BY_LEARN = ("exit.threshold",)
 
 
 def fingerprint_fields(
@@ -29,6 +32,8 @@ def fingerprint_fields(
     del input_fields["input.path"]
     exit_fields = _flat("exit", spec.exit.model_dump(mode="json"))
     del exit_fields["exit.calibration"]  # what it certified stands in exit.threshold
+    for name in _UNUSED_BY_LEARN if spec.exit.mode == "learn" else _OF_LEARN:
+        del exit_fields[name]
     exit_layers = resolve_exit_layers(spec.exit, model.num_layers)
     return {
         "format_version": format_version,
@@ -48,7 +53,16 @@ def fingerprint_fields(
         **_flat("sampling", spec.sampling.model_dump(mode="json")),
         "run.chunk_rows": spec.run.chunk_rows,
         "output.token_stats": spec.output.token_stats,
+        **_audit_fields(spec.audit),
     }
+
+
+def _audit_fields(audit: AuditSpec) -> dict[str, Any]:
+    """Nothing without an audit; the bound counts where it may stop exits."""
+    if not audit.full_depth_fraction:
+        return {}
+    fields = _flat("audit", audit.model_dump(mode="json"))
+    return fields if audit.stop_exits else fields | {"audit.delta": None}
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ PLAN = "_eevp/plan.json"
 RESOLVED_SPEC = "_eevp/job.resolved.yaml"
 EVENTS = "_eevp/events.jsonl"
 LOCK = "_eevp/lock"
+EXITS_STOPPED = "_eevp/exits_stopped.json"
+LEARNED = "_eevp/learned.json"
 SUCCESS = "_SUCCESS"
 
 META_DIR = "_eevp"
@@ -15,6 +17,7 @@ DATA_DIR = "data"
 ERRORS_DIR = "errors"
 COMMITS_DIR = "_eevp/commits"
 ATTEMPTS_DIR = "_eevp/attempts"
+LEARNED_DIR = "_eevp/learned"
 
 _RECORD_NAME = re.compile(r"(\d{5,})\.json")
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
@@ -48,6 +51,16 @@ def attempt_data(chunk_id: int, epoch: int, token: str) -> str:
 def attempt_errors(chunk_id: int, epoch: int, token: str) -> str:
     """Where a replica writes the error rows of one lease of a chunk."""
     return f"{ATTEMPTS_DIR}/{chunk_name(chunk_id)}.e{epoch}.{token}.errors.parquet"
+
+
+def attempt_learned(token: str, name: str) -> str:
+    """Where a replica writes a file of the exits that it has learned."""
+    return f"{ATTEMPTS_DIR}/learned.{token}.{name}"
+
+
+def learned_file(name: str) -> str:
+    """Where a file of learned exits is published."""
+    return f"{LEARNED_DIR}/{name}"
 
 
 def record_chunk_id(name: str) -> int | None:

@@ -14,7 +14,7 @@ from eevp_batch.storage import layout
 from eevp_batch.storage.fingerprint import fingerprint_fields, fingerprint_of
 from eevp_batch.storage.inputs import list_inputs
 from eevp_batch.storage.scan import Chunk, InputFile, scan
-from eevp_batch.storage.schema import IdType
+from eevp_batch.storage.schema import Extras, IdType
 from eevp_batch.storage.store import Store
 
 FORMAT_VERSION = 1
@@ -56,6 +56,16 @@ class Plan:
     def num_samples(self) -> int:
         """Generations per row."""
         return int(self.fields["sampling.n"])
+
+    @property
+    def extras(self) -> Extras:
+        """The columns that not every job has."""
+        stops, mode = self.fields.get("audit.stop_exits", False), self.fields["exit.mode"]
+        return Extras(
+            token_stats=bool(self.fields["output.token_stats"]),
+            phase=bool(stops) or mode == "learn",
+            audit="audit.full_depth_fraction" in self.fields,
+        )
 
     @property
     def metadata(self) -> dict[str, str]:

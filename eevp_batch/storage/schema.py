@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -30,6 +30,40 @@ _GENERATED: dict[str, Any] = {
     "chunk_id": pa.int32(),
     "attempt": pa.int32(),
 }
+_PHASE: dict[str, Any] = {"phase": pa.string()}
+_AUDIT: dict[str, Any] = {
+    "audit_token_ids": pa.list_(pa.int32()),
+    "audit_first_divergence": pa.int32(),
+    "audit_distance": pa.float32(),
+}
+
+
+class Extras(NamedTuple):
+    """Which columns a job has that others do not have.
+
+    Attributes:
+        token_stats: exit layer and confidence of every token.
+        phase: how the row's chunk was run, where chunks of one job may differ.
+        audit: what audited rows are beside the whole model's; null in every other row.
+    """
+
+    token_stats: bool = True
+    phase: bool = False
+    audit: bool = False
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> Extras:
+        """Those of a job."""
+        return cls(
+            token_stats=spec.output.token_stats,
+            phase=spec.audit.stop_exits or spec.exit.mode == "learn",
+            audit=spec.audit.full_depth_fraction > 0,
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """Type by name of what is written after the kept input columns."""
+        own = {k: v for k, v in _GENERATED.items() if self.token_stats or k not in TOKEN_STATS}
+        return own | (_PHASE if self.phase else {}) | (_AUDIT if self.audit else {})
 
 
 def output_schema(
@@ -43,17 +77,13 @@ def output_schema(
         pa.field(name, plain_type(input_schema.field(name).type))
         for name in kept_columns(input_schema, spec)
     ]
-    return _data_schema(kept, id_type, spec.output.token_stats, metadata)
+    return _data_schema(kept, id_type, Extras.of(spec), metadata)
 
 
 def _data_schema(
-    kept: Sequence[Any], id_type: IdType, token_stats: bool, metadata: Mapping[str, str]
+    kept: Sequence[Any], id_type: IdType, extras: Extras, metadata: Mapping[str, str]
 ) -> Any:
-    generated = [
-        pa.field(name, kind)
-        for name, kind in _GENERATED.items()
-        if token_stats or name not in TOKEN_STATS
-    ]
+    generated = [pa.field(name, kind) for name, kind in extras.columns().items()]
     leading = [
         pa.field("row_id", _id_arrow_type(id_type), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
@@ -74,14 +104,14 @@ def error_schema(id_type: IdType, metadata: Mapping[str, str]) -> Any:
 
 
 def part_differences(
-    found: Any, kept: Sequence[str], id_type: IdType, token_stats: bool, metadata: Mapping[str, str]
+    found: Any, kept: Sequence[str], id_type: IdType, extras: Extras, metadata: Mapping[str, str]
 ) -> list[str]:
     """What tells a published data part's schema from the planned one; empty when nothing does.
 
     The kept columns' types are taken from the part itself: the plan knows only their names.
     """
     own = [found.field(name) for name in kept if found.names.count(name) == 1]
-    return schema_differences(found, _data_schema(own, id_type, token_stats, metadata))
+    return schema_differences(found, _data_schema(own, id_type, extras, metadata))
 
 
 def schema_differences(found: Any, expected: Any) -> list[str]:
@@ -140,7 +170,7 @@ def check_columns(file: str, schema: Any, spec: JobSpec) -> IdType:
         found = f"column {id_field.name!r} of type {id_field.type}"
         raise InputError(file, "input.id_column", found, "a string or integer column")
     _check_prompt(file, schema, spec)
-    ours = {*LEADING, *_GENERATED}
+    ours = {*LEADING, *Extras.of(spec).columns(), *TOKEN_STATS}
     for name in kept_columns(schema, spec):
         _field(file, schema, name, "input.keep_columns")
         if name in ours:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.commit import Committer
-from eevp_batch.storage.plan import read_plan
+from eevp_batch.storage.learned import read_learned
+from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.store import Store
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
@@ -32,6 +33,8 @@ class Status:
             first replica's readiness to its last commit; None before that.
         last_progress_unix_s: when the last chunk was finished; None before the first.
         reason: why the last run stopped, where it said so.
+        learning: what became of a job's learning of exits; None where it does not learn.
+        drift: what the audit warned of, see `audit_drift` in the event log; None without a warning.
     """
 
     run_id: str
@@ -43,6 +46,8 @@ class Status:
     tokens_per_s: float | None
     last_progress_unix_s: float | None
     reason: str | None
+    learning: str | None = None
+    drift: dict[str, Any] | None = None
 
     @property
     def rows_done(self) -> int:
@@ -71,6 +76,7 @@ class _LastRun:
     last_event: str | None = None
     last_unix_s: float | None = None
     reason: str | None = None
+    drift: dict[str, Any] | None = None
 
     def commit(self, unix_s: float, tokens: int) -> None:
         """Count a committed chunk in."""
@@ -111,7 +117,16 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
         tokens_per_s=rate,
         last_progress_unix_s=last,
         reason=run.reason,
+        learning=_learning(store, plan),
+        drift=run.drift,
     )
+
+
+def _learning(store: Store, plan: Plan) -> str | None:
+    if plan.fields["exit.mode"] != "learn":
+        return None
+    learned = read_learned(store)
+    return "no exits have been learned so far" if learned is None else learned.text
 
 
 def read_events(store: Store) -> Iterator[dict[str, Any]]:
@@ -130,11 +145,13 @@ def _last_run(store: Store) -> _LastRun:
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
         if kind in ("job_started", "job_resumed"):
-            run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s)
+            run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s, drift=run.drift)
         elif kind == "replica_ready" and run.ready_unix_s is None:
             run.ready_unix_s = unix_s
         elif kind == "chunk_committed" and unix_s is not None:
             run.commit(unix_s, int(event.get("generated_tokens", 0)))
+        elif kind == "audit_drift":
+            run.drift = event
         run.last_event, run.last_unix_s = kind, unix_s
         run.reason = event.get("reason") if _is_last(kind) else None
     return run

@@ -231,9 +231,8 @@ class _Part:
         """What tells the columns and metadata from the planned ones and from the first part's."""
         found = self.table.schema
         if is_data:
-            token_stats = bool(plan.fields["output.token_stats"])
             differences = part_differences(
-                found, plan.kept_columns, plan.id_type, token_stats, plan.metadata
+                found, plan.kept_columns, plan.id_type, plan.extras, plan.metadata
             )
         else:
             differences = schema_differences(found, error_schema(plan.id_type, plan.metadata))

@@ -149,6 +149,21 @@ def _check_same(out: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
             )
 
 
+def chunk_rows(store: Store, plan: Plan, chunk: Chunk, encoder: PromptEncoder) -> list[Row]:
+    """All rows of a committed chunk, of each the first sample; rows in error are left out.
+
+    Args:
+        store: output folder.
+        plan: its plan; its list of chunks is not used.
+        chunk: ran at full depth.
+        encoder: of the job.
+
+    Raises:
+        JobFailedError: the part or the input cannot be read.
+    """
+    return _rows_of_chunk(store, plan, chunk, encoder, list(range(chunk.num_rows)))
+
+
 def _rows_of_chunk(
     store: Store, plan: Plan, chunk: Chunk, encoder: PromptEncoder, picks: Sequence[int]
 ) -> list[Row]:

@@ -12,6 +12,7 @@ from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
 from eevp_batch.cluster.local_ray import LocalRay
+from eevp_batch.cluster.phases import Phases
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage.commit import Attempt, CommitRecord, Committer
 from tests.cluster.jobs import make_job
@@ -78,6 +79,7 @@ def test_what_the_coordinator_holds_does_not_grow(shared_ray: LocalRay, tmp_path
         totals=ChunkStats(),
         on_progress=job.progress.append,
         on_message=job.messages.append,
+        phases=Phases(job.spec, job.plan, job.store),
     )
     committer.coordinator = coordinator
     try:

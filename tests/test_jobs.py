@@ -18,8 +18,9 @@ PARTS = sorted(path.relative_to(JOBS) for path in JOBS.glob("*/*.parquet"))
 @pytest.fixture(scope="module")
 def made_again(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
-    command = [sys.executable, str(JOBS / "make_prompts.py"), str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for script, target in (("make_prompts.py", folder), ("make_extraction.py", folder / "notes")):
+        command = [sys.executable, str(JOBS / script), str(target)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -28,7 +29,7 @@ def test_making_the_prompts_again_gives_the_same_rows(made_again: Path) -> None:
     assert made == PARTS, "the script writes other files than the ones that are here"
     for part in PARTS:
         here, again = pq.read_table(JOBS / part), pq.read_table(made_again / part)
-        assert here.equals(again), f"{part} is not what the script writes; run jobs/make_prompts.py"
+        assert here.equals(again), f"{part} is not what its script in jobs/ writes"
 
 
 def test_there_are_a_thousand_different_prompts_in_several_row_groups() -> None:
@@ -45,7 +46,7 @@ def test_there_are_a_thousand_different_prompts_in_several_row_groups() -> None:
     assert min(words) < 8 and max(words) > 120, "the prompts are all of one length"
 
 
-@pytest.mark.parametrize("name", ["corpus.yaml", "messages.yaml"])
+@pytest.mark.parametrize("name", ["corpus.yaml", "messages.yaml", "extract.yaml"])
 def test_the_job_file_is_valid_and_names_columns_that_exist(name: str) -> None:
     spec = load_spec(JOBS / name)
     pattern = Path(spec.input.path)

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.ray
 STAGES: dict[str, Callable[[Path], Any]] = {
     "collecting": lambda out: len(committed_parts(out)) >= 2,
     "learning": lambda out: events(out, "learning_started"),
-    "written": lambda out: list((out / "_eevp" / "attempts").glob("learned.*")),
     "publishing": lambda out: list((out / "_eevp" / "learned").glob("*")),
     "exits": lambda out: events(out, "exits_learned"),
 }

@@ -50,7 +50,7 @@ _HELD_OUT = 0.2  # of the rows that are fitted to; they order the thresholds, to
 class LearnTask:
     """Everything that learning needs of a replica.
 
-    Args:
+    Attributes:
         spec: the job.
         config: its model.
         plan: of its chunks, only those of the order are needed.

@@ -33,14 +33,17 @@ def save_shallow_model(folder: Path) -> Path:
 def learning_job(
     folder: Path, model: Path, exits: dict[str, Any] | None = None, **fields: Any
 ) -> Path:
-    """Its job file; `exits` and `fields` overwrite."""
+    """Its job file; `exits` and `fields` overwrite.
+
+    The exit layer is named: which ones a search finds best depends on how long things take here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [
         f"{' '.join(WORDS[row % 7 : row % 7 + 1 + row % 5])} {row}" for row in range(NUM_ROWS)
     ]
     table = pa.table({"id": [f"q{row:03}" for row in range(NUM_ROWS)], "prompt": prompts})
     pq.write_table(table, folder / "prompts.parquet")
-    exit = {"mode": "learn", "delta": 0.1, "epsilon": 0.2, "learn_rows": LEARN_ROWS}
+    exit = {"mode": "learn", "layers": [2], "delta": 0.1, "epsilon": 0.2, "learn_rows": LEARN_ROWS}
     whole = {
         "input": {"path": "prompts.parquet"},
         "model": {"path": str(model), "dtype": "float32"},

@@ -37,7 +37,7 @@ from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.learned import Learned, publish_learned, read_learned
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store
-from eevp_batch.tune.bounds import p_value
+from eevp_batch.tune.bounds import least_rows
 
 CALIBRATION_SHARE = 0.6
 """Of the rows; the others are what exits are fitted to."""
@@ -203,23 +203,7 @@ def rows_to_learn(spec: JobSpec) -> int:
     exit = spec.exit
     if exit.learn_rows != "auto":
         return exit.learn_rows
-    return math.ceil(_MARGIN * fewest_rows(exit.delta, exit.epsilon) / CALIBRATION_SHARE)
-
-
-def fewest_rows(delta: float, epsilon: float) -> int:
-    """Calibration rows that certify exits under which no token differs."""
-
-    def passes(count: int) -> bool:
-        return p_value("betting", [0.0] * count, delta, epsilon=epsilon, seed=0) <= epsilon
-
-    high = 1
-    while not passes(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return high
+    return math.ceil(_MARGIN * least_rows("betting", exit.delta, exit.epsilon) / CALIBRATION_SHARE)
 
 
 def learning_chunks(spec: JobSpec, plan: Plan) -> list[int]:

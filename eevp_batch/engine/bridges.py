@@ -6,7 +6,7 @@ Knows states and the maps, nothing of sequences or of the pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -77,3 +77,43 @@ class Bridges:
         """
         parts = [self._layers[origin][index + 1](states) for origin, _, states in inputs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ProjectingLayers(Protocol):
+    """Layers that give keys/values to states that skip them."""
+
+    @property
+    def bridges(self) -> Bridges | None:
+        """Where these come from; None: the layers' own projections."""
+
+    def kv_of(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See `FusedLayers.kv_of`."""
+
+
+class SkippingTokens:
+    """Tokens of a pack that are only projected: their states, read once for all layers.
+
+    Args:
+        layers: that they skip.
+        hidden: [W, E] states that they stopped with.
+        origins: see `PackedTokens`.
+    """
+
+    def __init__(
+        self,
+        layers: ProjectingLayers,
+        hidden: torch.Tensor,
+        origins: Sequence[tuple[Origin, slice]],
+    ) -> None:
+        self._layers, self._bridges, self._hidden = layers, layers.bridges, hidden
+        self._inputs = [] if self._bridges is None else self._bridges.read(hidden, origins)
+
+    def keys_values(self, index: int) -> torch.Tensor:
+        """Of layer `index` (0-based), from a bridge or as CALM, section 3.4.
+
+        Returns:
+            [W, 2 * num_kv_heads * D], before key norm and rotary.
+        """
+        if self._bridges is None:
+            return self._layers.kv_of(index, self._hidden)
+        return self._bridges.keys_values(index, self._inputs)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from eevp_batch.engine import native
-from eevp_batch.engine.bridges import BridgeInput, Bridges
+from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
 from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
@@ -293,21 +293,14 @@ def _blocks(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Waiting:
-    """The tokens of a pack that are only projected: their states, read once for all layers."""
+    """The tokens of a pack that are only projected."""
 
     def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvPool) -> None:
         self._layers = layers
-        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
+        hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
         self._attention = _Attention(layers, pool, tokens.project_positions, tokens.project_slots)
-        self._inputs: list[BridgeInput] | None = None
-        if layers.bridges is not None:
-            self._inputs = layers.bridges.read(self._hidden, tokens.origins)
+        self._skipping = SkippingTokens(layers, hidden, tokens.origins)
 
     def project(self, index: int) -> None:
-        """Write their keys/values of layer `index`: from a bridge, or as CALM, section 3.4."""
-        layers = self._layers
-        if layers.bridges is not None and self._inputs is not None:
-            projected = layers.bridges.keys_values(index, self._inputs)
-        else:
-            projected = layers.kv_of(index, self._hidden)
-        layers._call(index, projected, self._attention)
+        """Write their keys/values of layer `index`."""
+        self._layers._call(index, self._skipping.keys_values(index), self._attention)

@@ -142,6 +142,12 @@ class CutModel:
     end_ids: frozenset[int]
     context_length: int
 
+    @property
+    def whole(self) -> CutModel:
+        """The same model without exits."""
+        model = self.model.recut([self.model.num_layers])
+        return replace(self, model=model, prune_layer=None, proposal=None, short_prompt=None)
+
     def engine(
         self, tokenizer: Any, exit: ExitSpec, sampling: SamplingSpec, engine: EngineSpec
     ) -> Engine:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.attention import ATTENTION_NAME, Kernel
-from eevp_batch.engine.bridges import BridgeInput, Bridges
+from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kernel_choice import choose_kernel
 from eevp_batch.engine.kv_cache import KvLayout, KvPool
@@ -128,23 +128,17 @@ class ModuleLayers:
 
 
 class _Waiting:
-    """The tokens of a pack that are only projected: their states, read once for all layers."""
+    """The tokens of a pack that are only projected."""
 
     def __init__(self, layers: ModuleLayers, tokens: PackedTokens, pool: KvPool) -> None:
         self._layers, self._pool, self._slots = layers, pool, tokens.project_slots
-        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
-        self._rotary = layers._angles(tokens.project_positions, self._hidden)
-        self._inputs: list[BridgeInput] | None = None
-        if layers.bridges is not None:
-            self._inputs = layers.bridges.read(self._hidden, tokens.origins)
+        hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
+        self._rotary = layers._angles(tokens.project_positions, hidden)
+        self._skipping = SkippingTokens(layers, hidden, tokens.origins)
 
     def project(self, index: int) -> None:
-        """Write their keys/values of layer `index`: from a bridge, or as CALM, section 3.4."""
-        layers = self._layers
-        if layers.bridges is not None and self._inputs is not None:
-            projected = layers.bridges.keys_values(index, self._inputs)
-        else:
-            projected = layers.kv_of(index, self._hidden)
+        """Write their keys/values of layer `index`."""
+        projected = self._skipping.keys_values(index)
         keys, values = projected.view(len(projected), 2, self._pool.num_kv_heads, -1).unbind(1)
-        keys = layers.turned(index, keys, self._rotary)
+        keys = self._layers.turned(index, keys, self._rotary)
         self._pool.write(index, self._slots, keys, values)

@@ -59,7 +59,7 @@ class Int8Proposal:
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in the head's type; states are rounded to 8 bits with a scale of each."""
-        states = _filled_up(normed.float(), 1)
+        states = _filled_up(normed.float())
         scales = states.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # [B, 1]
         # Unsigned with a zero point of 128: oneDNN has no fast kernel for signed activations.
         rounded = (states / scales).round_().add_(128).to(torch.uint8)
@@ -92,10 +92,9 @@ class LowRankProposal:
         return PackedLinear(self.left), PackedLinear(self.right)
 
 
-def _filled_up(states: torch.Tensor, least: int) -> torch.Tensor:
-    """States [B, E] with rows of zeros up to `least` and a multiple of `ROW_MULTIPLE`."""
-    rows = max(len(states), least)
-    return pad(states, (0, 0, 0, rows + -rows % ROW_MULTIPLE - len(states)))
+def _filled_up(states: torch.Tensor) -> torch.Tensor:
+    """States [B, E] with rows of zeros up to a multiple of `ROW_MULTIPLE`."""
+    return pad(states, (0, 0, 0, -len(states) % ROW_MULTIPLE))
 
 
 def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRankProposal:

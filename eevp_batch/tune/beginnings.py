@@ -25,9 +25,7 @@ class Beginning:
 
     def __init__(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> None:
         first = numpy.array(prompts[0])
-        length = min(len(first) - tail, *(len(ids) - tail for ids in prompts), len(first))
-        for ids in prompts:
-            length = min(length, num_common(first, numpy.array(ids)))
+        length = min(min(num_common(first, numpy.array(ids)), len(ids) - tail) for ids in prompts)
         worthwhile = length >= WORTHWHILE_TOKENS and len(prompts) > 1
         self.length = length if worthwhile else 0
         self._token_ids = [*prompts[0][: self.length + 1]]

@@ -141,6 +141,18 @@ def rows_needed_by_betting(losses: Losses, delta: float, epsilon: float) -> int 
     return math.ceil(min(wanted)) if wanted else None
 
 
+def least_rows(kind: PValueKind, delta: float, epsilon: float, seed: int = 0) -> int:
+    """The fewest rows that certify settings under which no row loses anything."""
+
+    def passes(count: int) -> bool:
+        return p_value(kind, [0.0] * count, delta, epsilon=epsilon, seed=seed) <= epsilon
+
+    high = 1
+    while not passes(high):
+        high *= 2
+    return _first(passes, high // 2 + 1, high)
+
+
 def binomial_cdf(successes: int, trials: int, probability: float) -> float:
     """P(Bin(trials, probability) <= successes), summed term by term in logarithms."""
     if successes < 0:

@@ -16,7 +16,13 @@ from eevp_batch.calibration_file import RiskKind
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import CalibrationError
 from eevp_batch.spec import PValueKind
-from eevp_batch.tune.bounds import Losses, p_value, rows_needed, rows_needed_by_betting
+from eevp_batch.tune.bounds import (
+    Losses,
+    least_rows,
+    p_value,
+    rows_needed,
+    rows_needed_by_betting,
+)
 from eevp_batch.tune.bounds import share_interval as interval
 from eevp_batch.tune.calibration_result import CalibrationResult, Setting
 from eevp_batch.tune.candidates import NEVER, candidate_grid
@@ -135,22 +141,6 @@ def _check(model: SegmentedModel, tuning: Sequence[Row], calibration: Sequence[R
     for name, rows in (("tuning", tuning), ("calibration", calibration)):
         if not rows:
             raise CalibrationError(f"{name} rows: found none; allowed: one or more")
-
-
-def least_rows(kind: PValueKind, delta: float, epsilon: float, seed: int = 0) -> int:
-    """The fewest rows that certify thresholds under which no row loses anything."""
-
-    def passes(count: int) -> bool:
-        return p_value(kind, [0.0] * count, delta, epsilon=epsilon, seed=seed) <= epsilon
-
-    high = 1
-    while not passes(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return high
 
 
 def _costs_of(settings: ReplaySettings, costs: Costs) -> Costs:

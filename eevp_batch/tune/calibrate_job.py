@@ -7,19 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eevp_batch.engine.load import CutModel, cut_model, load_weights
+from eevp_batch.engine.load import CutModel, cut_model, load_job_model
 from eevp_batch.engine.prompts import PromptEncoder
-from eevp_batch.engine.tokenizer import load_tokenizer
+from eevp_batch.engine.proposals import LowRankProposal
 from eevp_batch.errors import CalibrationError
 from eevp_batch.fitted_config import job_binding, read_manifest, refuse_sampling
-from eevp_batch.model_config import ModelConfig, prompt_room
+from eevp_batch.model_config import ModelConfig
 from eevp_batch.spec import ExitSpec, JobSpec, PValueKind
 from eevp_batch.tune.calibrate import GRID, Risk, calibrate
 from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.costs import measured_costs
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm
-from eevp_batch.tune.job_rows import drawn_prompts, output_rows
-from eevp_batch.tune.outputs import generate_rows
+from eevp_batch.tune.outputs import full_depth_rows
 from eevp_batch.tune.replay import ReplaySettings
 from eevp_batch.tune.search import Costs
 from eevp_batch.tune.states import Row
@@ -107,9 +106,7 @@ def run_calibrate(
     if spec.exit.mode == "off":
         raise CalibrationError("exit.mode: found off; allowed: on, to calibrate its exits")
     binding = job_binding(spec, config)
-    tokenizer = load_tokenizer(config, spec.model)
-    encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, prompt_room(spec.sampling, config))
-    weights = load_weights(spec.model, config)
+    weights, tokenizer, encoder = load_job_model(spec, config)
     cut = cut_model(weights, tokenizer, spec.exit)
     runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine)
     parts = split(_rows(spec, fields, encoder, runs, options, say))
@@ -191,9 +188,7 @@ def job_costs(cut: CutModel, exit: ExitSpec) -> Costs:
         cut: the model, cut.
         exit: the job's exits.
     """
-    rank = None
-    if cut.proposal is not None and exit.vocab.proposal == "low_rank":
-        rank = len(cut.proposal.right) if hasattr(cut.proposal, "right") else None
+    rank = len(cut.proposal.right) if isinstance(cut.proposal, LowRankProposal) else None
     costs = measured_costs(cut.model, _COSTED_BATCH, exit.vocab.top_k, rank)
     return costs if exit.heads is not None else replace(costs, exit_head=0.0)
 
@@ -211,8 +206,6 @@ def _rows(
     if spec.exit.heads is not None:
         seen = str(read_manifest(Path(spec.exit.heads))["data"].get("prompt_keys", "")).split()
     draw = (options.rows, options.seed, seen)
-    if options.source is not None:
-        return output_rows(options.source, fields, encoder, *draw)
-    prompts = drawn_prompts(spec.input, encoder, *draw)
-    say(f"generating for {len(prompts)} prompts at full depth")
-    return generate_rows(runs.engine(None), prompts)
+    return full_depth_rows(
+        spec, fields, encoder, lambda: runs.engine(None), say, options.source, *draw
+    )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import Affine, FittedExits
-from eevp_batch.engine.load import load_weights
+from eevp_batch.engine.load import load_job_model, load_weights
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.tokenizer import load_tokenizer
@@ -27,8 +28,7 @@ from eevp_batch.spec import (
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import measured_costs
 from eevp_batch.tune.fit import FitSettings, fit_exits, split_rows
-from eevp_batch.tune.job_rows import drawn_prompts, output_rows
-from eevp_batch.tune.outputs import full_depth_engine, generate_rows
+from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
 from eevp_batch.tune.search import Costs
@@ -190,18 +190,14 @@ def run_fit(
         UsageError: something cannot be read, or no exit is worth taking.
     """
     refuse_sampling(spec)
-    tokenizer = load_tokenizer(config, spec.model)
-    encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, prompt_room(spec.sampling, config))
-    weights = load_weights(spec.model, config)
+    weights, tokenizer, encoder = load_job_model(spec, config)
     model = SegmentedModel(weights, [config.num_layers])
-    draw = (options.rows, options.seed)
-    if options.source is not None:
-        rows = output_rows(options.source, fields, encoder, *draw)
-    else:
-        prompts = drawn_prompts(spec.input, encoder, *draw)
-        engine = full_depth_engine(weights, model, tokenizer, spec.sampling, spec.engine)
-        say(f"generating for {len(prompts)} prompts at full depth")
-        rows = generate_rows(engine, prompts)
+
+    def engine() -> Engine:
+        return full_depth_engine(weights, model, tokenizer, spec.sampling, spec.engine)
+
+    draw = (options.source, options.rows, options.seed)
+    rows = full_depth_rows(spec, fields, encoder, engine, say, *draw)
     facts: dict[str, Any] = {
         "input": spec.input.path,
         "from": options.source,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from eevp_batch.calibration_file import RiskKind
@@ -63,15 +63,8 @@ class FreeRuns:
         if thresholds is not None:
             exit = self._exit.model_copy(update={"threshold": list(thresholds)})
             return self._cut.engine(self._tokenizer, exit, self._sampling, self._limits)
-        whole = replace(
-            self._cut,
-            model=self._cut.model.recut([self._cut.model.num_layers]),
-            prune_layer=None,
-            proposal=None,
-            short_prompt=None,
-        )
         off = ExitSpec(mode="off")
-        return whole.engine(self._tokenizer, off, self._sampling, self._limits)
+        return self._cut.whole.engine(self._tokenizer, off, self._sampling, self._limits)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of a generation, as the engine would give it."""

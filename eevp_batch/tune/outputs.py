@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.load import end_ids
+from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.records import Generation, Prompt
-from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
+from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, SamplingSpec
+from eevp_batch.tune.job_rows import drawn_prompts, output_rows
 from eevp_batch.tune.states import Row
 
 
@@ -68,3 +70,38 @@ def generate_rows(
         if on_row is not None:
             on_row(len(found))
     return [found[number] for number in sorted(found)]
+
+
+def full_depth_rows(
+    spec: JobSpec,
+    fields: Mapping[str, Any],
+    encoder: PromptEncoder,
+    engine: Callable[[], Engine],
+    say: Callable[[str], None],
+    source: str | None,
+    num_rows: int,
+    seed: int,
+    without: Iterable[str] = (),
+) -> list[Row]:
+    """Random rows of a job at full depth, in random order.
+
+    Args:
+        spec: the job.
+        fields: of its plan, by dotted name.
+        encoder: of the job.
+        engine: makes one without exits, where rows have to be generated.
+        say: progress.
+        source: a finished full-depth output to draw from; None: rows are generated.
+        num_rows: how many rows are drawn.
+        seed: of the choice.
+        without: keys of prompts that are left out, see `prompt_key`.
+
+    Raises:
+        UsageError: there is no row, or the output is not one of this job at full depth.
+        JobFailedError: a part or the input cannot be read.
+    """
+    if source is not None:
+        return output_rows(source, fields, encoder, num_rows, seed, without)
+    prompts = drawn_prompts(spec.input, encoder, num_rows, seed, without)
+    say(f"generating for {len(prompts)} prompts at full depth")
+    return generate_rows(engine(), prompts)

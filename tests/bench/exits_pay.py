@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,10 +23,10 @@ from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.fitted_config import read_manifest
 from eevp_batch.prepare import prepare
 from eevp_batch.records import Generation, Prompt
-from eevp_batch.spec import ExitSpec
 from eevp_batch.storage.inputs import list_inputs
+from eevp_batch.tune.free_run import FreeRuns
 from eevp_batch.tune.states import prompt_key
-from eevp_batch.tune.text_distance import disagreement, edit_loss
+from eevp_batch.tune.text_distance import edit_loss
 from tests.bench.machine import setup
 
 
@@ -59,17 +58,8 @@ def main() -> None:
     rows = unseen(spec.input.path, encoder, manifest, chosen.rows)
     prompts = [Prompt(number, token_ids) for number, (_, token_ids) in enumerate(rows)]
     cut = cut_model(load_weights(spec.model, job.model), tokenizer, spec.exit)
-    whole = replace(
-        cut,
-        model=cut.model.recut([cut.model.num_layers]),
-        prune_layer=None,
-        proposal=None,
-        short_prompt=None,
-    )
-    engines = {
-        "off": whole.engine(tokenizer, ExitSpec(mode="off"), spec.sampling, spec.engine),
-        "on": cut.engine(tokenizer, spec.exit, spec.sampling, spec.engine),
-    }
+    runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine)
+    engines = {"off": runs.engine(None), "on": runs.engine(chosen.threshold)}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     outputs: dict[str, dict[int, Generation]] = {}
     for turn in range(chosen.rounds):
@@ -130,9 +120,6 @@ def compared(
         "leaving": mean(layer < on[0].num_layers for layer in layers),
         "identical_rows": mean(on[n].token_ids == off[n].token_ids for n in off),
         "edit_distance": mean(edit_loss(on[n].token_ids, off[n].token_ids) for n in off),
-        "differing_tokens": mean(disagreement(on[n].token_ids, off[n].token_ids) for n in off)
-        if all(len(on[n].token_ids) == len(off[n].token_ids) for n in off)
-        else None,
     }
     for name, some in outputs.items():
         tokens = sum(one.generated_tokens for one in some.values())

@@ -11,7 +11,6 @@ import pytest
 from eevp_batch.cluster.learning import (
     LearnAttempt,
     Learning,
-    fewest_rows,
     learning_chunks,
     rows_to_learn,
 )
@@ -30,7 +29,7 @@ from eevp_batch.storage.learned import (
 )
 from eevp_batch.storage.plan import Plan, make_plan, open_plan
 from eevp_batch.storage.store import Store
-from eevp_batch.tune.bounds import p_value
+from eevp_batch.tune.bounds import least_rows, p_value
 from tests.storage.jobs import MODEL, attempt_chunk, make_spec, write_input
 
 FILES = {"fitted.json": b"{}", "fitted.safetensors": b"weights", "calibration.json": b"{}"}
@@ -68,13 +67,13 @@ def job(tmp_path: Path) -> Job:
 
 def test_as_few_rows_as_can_certify(job: Job) -> None:
     for delta, epsilon in ((0.01, 0.05), (0.1, 0.2)):
-        least = fewest_rows(delta, epsilon)
+        least = least_rows("betting", delta, epsilon)
         for count, passes in ((least, True), (least - 1, False)):
             found = p_value("betting", [0.0] * count, delta, epsilon=epsilon, seed=0)
             assert (found <= epsilon) == passes
     auto = job.spec.exit.model_copy(update={"learn_rows": "auto"})
     wanted = rows_to_learn(job.spec.model_copy(update={"exit": auto}))
-    assert 0.6 * wanted >= fewest_rows(0.01, 0.05), "the calibration part is enough"
+    assert 0.6 * wanted >= least_rows("betting", 0.01, 0.05), "the calibration part is enough"
 
 
 def test_the_learning_chunks_are_random_and_the_plan_alone_decides(job: Job) -> None:

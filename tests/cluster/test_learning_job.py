@@ -9,6 +9,7 @@ import pytest
 from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.report.summary import summarise
 from eevp_batch.report.text import render_summary
+from eevp_batch.storage.learned import read_learned
 from eevp_batch.storage.store import Store
 from tests.learning_jobs import (
     CHUNK_ROWS,
@@ -46,6 +47,17 @@ def test_perfect_exits_are_learned_and_taken(
     assert summary.audit is not None and summary.audit.diverged == 0, "and rightly so"
     assert summary.exit_layers[0] == 2 and summary.num_layers == 6
     assert "exits learned after layer 2" in render_summary(summary, 100)
+
+
+def test_no_exit_is_searched_out_behind_the_first_that_is_perfect(
+    shared_ray: LocalRay, shallow_model: Path, tmp_path: Path
+) -> None:
+    """Whether an earlier one is worth its mistakes depends on how long things take here."""
+    run_in_process(learning_job(tmp_path, shallow_model, {"layers": "auto"}))
+    learned = read_learned(Store.open(tmp_path / "out"))
+    assert learned is not None
+    assert set(learned.figures["search"]["layers"]) in ({1}, {2}, {1, 2})
+    assert_phases_are_told(tmp_path / "out")
 
 
 def test_a_model_without_good_exits_is_left_alone(

@@ -15,7 +15,8 @@ from eevp_batch.engine.load import CutModel, end_ids
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import CalibrationError, UsageError
 from eevp_batch.spec import DecaySpec, EngineSpec, ExitSpec, SamplingSpec, VocabSpec
-from eevp_batch.tune.calibrate import calibrate, least_rows
+from eevp_batch.tune.bounds import least_rows
+from eevp_batch.tune.calibrate import calibrate
 from eevp_batch.tune.candidates import NEVER, candidate_grid
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm, load_metric
 from eevp_batch.tune.replay import Replay, ReplaySettings, Thresholds

@@ -8,6 +8,8 @@ the error's exit code and one message. Exit codes: 0 all rows done; 1 failed; 2 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -256,5 +258,22 @@ def _echo_summary(out: str) -> None:
     click.echo(render_summary(summarise(Store.open(out)), width()))
 
 
+def start() -> None:
+    """The program: `main`, and after a job on Ray the shortest way out.
+
+    Ray's native threads outlive its shutdown. Now and then one of them crashes while the
+    interpreter is taken apart, and the exit code would be a signal's although all rows are done.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules or not isinstance(end.code, int):
+            raise
+        with contextlib.suppress(OSError):  # whoever read our output has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code)
+
+
 if __name__ == "__main__":
-    main()
+    start()

@@ -1,4 +1,4 @@
-"""All that a job's report shows, gathered from its output folder; what is not there has a reason."""
+"""All that a job's report shows, gathered from its output folder alone."""
 
 from __future__ import annotations
 

@@ -36,11 +36,12 @@ _TABS = (
     ("samples", "Samples"),
     ("job", "Job"),
 )
+_NAMES = {"system": "System", "python": "Python"}
 _DARK = """
   --ground: #0f141a; --paper: #171e26; --ink: #e6ebf0; --soft: #9aa7b4; --rule: #2a333e;
-  --grid: #242d37; --accent: #4fd1c0; --accent-ink: #06201d; --tip: #e6ebf0; --tip-ink: #16202c;
-  --track: #222b35; --good: #7ee0a8; --good-ground: #12341f; --warn: #f2c879; --warn-ground: #38290c;
-  --bad: #ff8f86; --bad-ground: #43191a; --wait: #b98d3c; --start: #536170; --learn: #9d93ea;
+  --grid: #242d37; --accent: #4fd1c0; --tip: #e6ebf0; --tip-ink: #16202c;
+  --track: #222b35; --good: #7ee0a8; --good-ground: #12341f; --warn: #f2c879;
+  --warn-ground: #38290c; --bad: #ff8f86; --bad-ground: #43191a; --wait: #b98d3c; --start: #536170; --learn: #9d93ea;
 """
 
 
@@ -55,7 +56,7 @@ def render_page(figures: JobFigures, written_unix_s: float) -> str:
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
     parts = rows(figures)
     data = {"layers": figures.summary.exit_layers, "samples": parts["samples"]}
-    return _template().render(
+    page: str = _template().render(
         **overview(figures, colours),
         **exits(figures, colours),
         **quality(figures, colours),
@@ -70,6 +71,7 @@ def render_page(figures: JobFigures, written_unix_s: float) -> str:
         script_hash=_csp_hash(script),
         samples_json=htmlsafe_json_dumps(data),
     )
+    return page
 
 
 def _template() -> Any:
@@ -87,7 +89,7 @@ def _css(colours: list[ExitColour]) -> str:
     """The style sheet, with both themes and a class for each exit layer."""
     light = "".join(f".{c.name} {{ --c: {c.light}; }}\n" for c in colours)
     last = colours[-1].name
-    light += f".tokens span {{ --mix: 42%; }}\n.tokens span.{last} {{ --mix: 30%; }}\n"
+    light += f".tokens span {{ --mix: 45%; }}\n.tokens span.{last} {{ --mix: 28%; }}\n"
     dark = ":root{where} {{ color-scheme: dark;{values}}}\n"
     shades = "".join(f":root{{where}} .{c.name} {{{{ --c: {c.dark}; }}}}\n" for c in colours)
     by_system, by_button = ":not([data-theme=light])", "[data-theme=dark]"
@@ -95,10 +97,11 @@ def _css(colours: list[ExitColour]) -> str:
     button = (dark + shades).format(where=by_button, values=_DARK)
     base = (_FOLDER / "report.css").read_text(encoding="utf-8")
     scheme = ":root { color-scheme: light; }\n"
+    dots = f":root .dots .{last} {{ --c: var(--soft); }}\n"  # a grey dot is too faint
     return (
         f"{base}\n{scheme}{light}"
-        f"@media (prefers-color-scheme: dark) and (not print) {{\n{system}}}\n"
-        f"@media not print {{\n{button}}}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{\n{system}}}\n"
+        f"@media screen {{\n{button}}}\n{dots}"
     )
 
 
@@ -109,7 +112,7 @@ def _csp_hash(script: str) -> str:
 
 
 def _job(figures: JobFigures) -> dict[str, Any]:
-    summary, plan = figures.summary, figures.plan
+    summary = figures.summary
     return {
         "name": summary.run_id.rpartition("-")[0] or summary.run_id,
         "state": summary.state,
@@ -120,8 +123,6 @@ def _job(figures: JobFigures) -> dict[str, Any]:
         "no_machine": "Not recorded: the version of eevp-batch that ran this job did not write "
         "what its replicas ran on, or no replica became ready.",
         "spec_text": figures.spec_text,
-        "tab_names": [name for name, _ in _TABS],
-        "kept": plan.kept_columns,
     }
 
 
@@ -155,7 +156,10 @@ def _facts(figures: JobFigures) -> list[tuple[str, str]]:
         ("Sampling", drawn if is_sampled else "greedy"),
         ("Most new tokens", str(fields["sampling.max_new_tokens"])),
         ("Input files", number(len(plan.files))),
-        ("Chunks", f"{number(len(plan.chunks))} of {number(fields['run.chunk_rows'])} rows"),
+        (
+            "Chunks",
+            f"{number(len(plan.chunks))}, of at most {number(fields['run.chunk_rows'])} rows",
+        ),
         ("Fingerprint", plan.fingerprint),
     ]
     if "eevp_batch" in run:
@@ -171,4 +175,5 @@ def _machine(machine: dict[str, Any], count: int) -> list[tuple[str, str]]:
         ("Memory", size(machine.pop("memory_bytes", 0))),
         ("GPUs", ", ".join(map(str, gpus)) or "none"),
     ]
-    return hardware + [(str(name), str(value)) for name, value in machine.items()]
+    rest = [(str(name), str(value)) for name, value in machine.items()]
+    return hardware + [(_NAMES.get(name, name), value) for name, value in rest]

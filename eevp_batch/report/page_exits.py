@@ -33,7 +33,9 @@ def exits(figures: JobFigures, colours: list[ExitColour]) -> dict[str, Any]:
                 "name": column,
                 "has_exits": sample.has_exits,
                 "rows": [
-                    _group(value, group.rows, group.tokens, group.mean_exit_layer, group.exits, names)
+                    _group(
+                        value, group.rows, group.tokens, group.mean_exit_layer, group.exits, names
+                    )
                     for value, group in groups.items()
                 ],
             }
@@ -41,7 +43,7 @@ def exits(figures: JobFigures, colours: list[ExitColour]) -> dict[str, Any]:
         ],
         "column_note": _column_note(figures),
         "recall_note": "Recall of the pruned vocabulary is not measured by a job; "
-        "`eevp-batch potential` measures it layer by layer.",
+        "eevp-batch potential measures it, layer by layer.",
     }
 
 
@@ -58,9 +60,7 @@ def sampled(sample: RowSample) -> str:
     )
 
 
-def _positions(
-    sample: RowSample, names: list[str], colours: list[ExitColour]
-) -> Plot | None:
+def _positions(sample: RowSample, names: list[str], colours: list[ExitColour]) -> Plot | None:
     counts = sample.by_position[:MAX_POSITIONS]
     used = int(np.flatnonzero(counts.sum(axis=1)).max(initial=-1)) + 1
     if not sample.has_exits or not used:
@@ -127,7 +127,7 @@ def _no_classes(figures: JobFigures) -> str:
 def _column_note(figures: JobFigures) -> str:
     sample, kept = figures.sample, figures.plan.kept_columns
     if not kept:
-        return "The job keeps no column of its input (input.keep_columns), so there is none to group by."
+        return "The job keeps no column of its input (input.keep_columns) to group by."
     if sample.many_valued:
         return (
             f"Not shown by {', '.join(sample.many_valued)}: more than {MAX_VALUES} values, or a "

@@ -6,7 +6,7 @@ from typing import Any
 
 from eevp_batch.report.colours import ExitColour
 from eevp_batch.report.figures import JobFigures
-from eevp_batch.report.plots import Plot, area_plot
+from eevp_batch.report.plots import Plot, step_plot
 from eevp_batch.report.text import duration, flops, number, percent
 
 NO_EVENTS = (
@@ -111,14 +111,12 @@ def _plots(figures: JobFigures) -> tuple[Plot | None, Plot | None]:
     end_s = timeline.end_s
     if timeline.working_s is None or end_s <= 0:
         return None, None
-    rates = timeline.tokens.rates()
-    rates = [(0.0, rates[0][1]), *rates] if rates else [(0.0, 0.0)]
-    if rates[-1][0] < end_s:
-        rates.append((min(end_s, rates[-1][0] + timeline.tokens.width_s / 2), rates[-1][1]))
+    rates = [*timeline.tokens.rates(), (end_s, 0.0)]
     label = "Generated tokens a second over the time of running"
-    rate = area_plot(label, "tokens/s", rates, end_s)
-    totals = [(min(x, end_s), y) for x, y in timeline.rows.running_totals()]
-    return rate, area_plot("Rows of committed chunks", "rows", [*totals, (end_s, totals[-1][1])], end_s)
+    rate = step_plot(label, "tokens/s", rates, end_s)
+    totals = timeline.rows.running_totals()
+    totals.append((end_s, totals[-1][1]))
+    return rate, step_plot("Rows of committed chunks", "rows", totals, end_s)
 
 
 def _exit_bars(figures: JobFigures, colours: list[ExitColour]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from eevp_batch.report.text import number, percent
 from eevp_batch.tune.audited import LEVEL, AuditFigures
 from eevp_batch.tune.bounds import clopper_pearson
 
-BINS, TOKENS_PER_BIN = 8, 25
+BINS, TOKENS_PER_BIN = 8, 20
 
 _NO_AUDIT = (
     "Not known: no row was audited. With audit.full_depth_fraction: 0.02, a fiftieth of the rows "
@@ -48,7 +48,7 @@ def _facts(audit: AuditFigures) -> list[tuple[str, str]]:
             between(audit.diverged / audit.rows, audit.diverged_interval)
             + f", {number(audit.diverged)} rows",
         ),
-        ("First difference", "none" if place is None else f"at token {place:.1f} on average"),
+        ("First difference", "none" if place is None else f"at token {place + 1:.1f} on average"),
         ("Text distance", f"{audit.distance:.3f} ({low:.3f} to {high:.3f}), 0 equal, 1 all other"),
     ]
 
@@ -96,10 +96,10 @@ def agreement_bins(confidences: Any, agrees: Any) -> list[dict[str, Any]]:
 def _note(sample: RowSample) -> str:
     limit = f" (the first {number(MAX_AUDITED)})" if sample.audited >= MAX_AUDITED else ""
     return (
-        f"{number(len(sample.agrees))} tokens of {number(sample.audited)} audited rows{limit} among "
-        "those looked at, each up to its first difference from full depth. Every dot stands for "
-        f"about as many tokens of its layer; its line is the {LEVEL:.0%} interval. On the dashed "
-        "diagonal, confidence would be the probability of agreeing."
+        f"{number(len(sample.agrees))} tokens of {number(sample.audited)} audited rows{limit} among"
+        " those looked at, each up to its first difference from full depth. Every dot stands for "
+        f"about as many tokens of its layer; its line is the 95 % interval. On the dashed curve "
+        "confidence would be the probability of agreeing. The scale is stretched towards 1."
     )
 
 

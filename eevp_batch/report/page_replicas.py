@@ -54,7 +54,7 @@ def replicas(figures: JobFigures) -> dict[str, Any]:
             for place, run in enumerate(timeline.runs, 1)
         ],
         "slowest": [
-            [str(chunk_id), f"{taken_s:.1f}", number(rows), number(tokens), replica]
+            [str(chunk_id), replica, f"{taken_s:.1f}", number(rows), number(tokens)]
             for taken_s, chunk_id, rows, tokens, replica in figures.chunks.slowest
         ],
     }

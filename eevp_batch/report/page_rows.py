@@ -21,7 +21,7 @@ def rows(figures: JobFigures) -> dict[str, Any]:
     has_tokens = any(sample["pieces"] for sample in samples)
     return {
         "errors": _errors(figures),
-        "longest_head": ["row", "generated tokens", "prompt tokens", "mean exit layer", "ended by"],
+        "longest_head": ["row", "ended by", "generated tokens", "prompt tokens", "mean exit layer"],
         "longest": [_longest(row) for row in figures.sample.longest],
         "samples": samples,
         "samples_have_tokens": has_tokens,
@@ -53,10 +53,10 @@ def _longest(row: dict[str, Any]) -> list[str]:
     mean = row["mean_exit_layer"]
     return [
         _name(row),
+        str(row["finish_reason"]),
         number(row["generated_tokens"]),
         number(row["prompt_tokens"]),
         "-" if mean is None else f"{mean:.1f}",
-        str(row["finish_reason"]),
     ]
 
 
@@ -74,9 +74,11 @@ def _sample(figures: JobFigures, row: dict[str, Any]) -> dict[str, Any]:
         facts.append(f"mean exit layer {mean:.1f} of {figures.summary.num_layers}")
     if row.get("audit_token_ids") is not None:
         first = row["audit_first_divergence"]
-        same = "as at full depth" if first is None else f"differs from full depth at token {first + 1}"
+        same = (
+            "as at full depth" if first is None else f"differs from full depth at token {first + 1}"
+        )
         facts.append(f"audited: {same}")
-    sample = {
+    sample: dict[str, Any] = {
         "title": f"{_name(row)} ({number(row['generated_tokens'])} tokens)",
         "facts": ", ".join(facts),
         "prompt": None if prompt is None else _cut(prompt, MAX_SHOWN_CHARACTERS),

@@ -7,7 +7,7 @@ it, so that they stay readable on a narrow screen. Colours are classes: the page
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,22 +101,22 @@ def _clock(seconds: int) -> str:
     return f"{seconds} s"
 
 
-def area_plot(
+def step_plot(
     label: str, y_label: str, points: Sequence[tuple[float, float]], end_s: float
 ) -> Plot:
-    """Amounts over seconds of running, as a line with its area filled.
+    """Amounts over seconds of running, each holding until the next, with the area below filled.
 
     Args:
         label: what it shows.
         y_label: unit.
-        points: (seconds, amount), increasing in time.
+        points: (seconds, amount), increasing in time, from 0 to `end_s`.
         end_s: where the axis ends.
     """
     ticks = steps(max(y for _, y in points))
-    places = [(SIDE * x / end_s, SIDE * (1 - y / ticks[-1])) for x, y in points if x <= end_s]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    first, last = places[0][0], places[-1][0]
-    area = f"M{first:.1f} {SIDE:.0f}L{path}L{last:.1f} {SIDE:.0f}Z"
+    places = [(SIDE * x / end_s, SIDE * (1 - y / ticks[-1])) for x, y in points]
+    path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
+    path += "".join(f"H{x:.1f}V{y:.1f}" for x, y in places[1:])
+    area = f"{path}V{SIDE:.0f}H{places[0][0]:.1f}Z"
     thinned = points[:: max(1, len(points) // 24)]
     return Plot(
         label=label,
@@ -125,7 +125,7 @@ def area_plot(
         x_ticks=time_ticks(end_s),
         y_ticks=_amounts(ticks),
         areas=[("accent", area)],
-        lines=[("accent", f"M{path}")],
+        lines=[("accent", path)],
         head=["time of running", y_label],
         rows=[[duration(x), number(y)] for x, y in thinned],
     )
@@ -144,7 +144,8 @@ def stacked_plot(
         label: what it shows.
         x_label: what positions are.
         counts: [positions, names], from position 0; neighbours are joined where there are many.
-        names, colours: of the second axis, drawn from the bottom up.
+        names: of the second axis, drawn from the bottom up.
+        colours: theirs.
     """
     size = _column_size(len(counts))
     joined = [counts[start : start + size].sum(axis=0) for start in range(0, len(counts), size)]
@@ -179,7 +180,7 @@ def stacked_plot(
 def _column_size(positions: int) -> int:
     """Positions of one column: 1, 2, 4, 5, 8, 10 or a multiple, so that few columns are left."""
     least = math.ceil(positions / MAX_COLUMNS)
-    power = 10 ** max(0, math.floor(math.log10(max(least, 1))))
+    power = int(10 ** max(0, math.floor(math.log10(max(least, 1)))))
     return next(m * power for m in (1, 2, 4, 5, 8, 10) if m * power >= least)
 
 
@@ -188,55 +189,50 @@ def _position_ticks(positions: int, size: int, columns: int) -> list[Tick]:
     return [Tick(100 * (mark / size + 0.5 / size) / columns, str(mark)) for mark in marks]
 
 
-def dot_plot(
-    label: str,
-    series: Sequence[tuple[str, str, Sequence[dict[str, Any]]]],
-) -> Plot:
-    """Agreement against confidence, each dot with its interval.
+def dot_plot(label: str, series: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> Plot:
+    """Agreement against confidence, each dot with its interval; confidence is stretched towards 1.
 
     Args:
         label: what it shows.
         series: (name, colour, dots); a dot has `confidence`, `low`, `high` (the bin's ends),
             `agreement`, `interval` and `tokens`.
     """
-    dots = [dot for _, _, some in series for dot in some]
-    least = min(min(dot["interval"][0], dot["confidence"]) for dot in dots)
-    low = max(0.0, math.floor(least * 10 - 1e-9) / 10)
-
-    def place(share: float) -> float:
-        return SIDE * (share - low) / (1 - low)
-
-    shares = [low + (1 - low) * k / 4 for k in range(5)]
-    form = "{:.0%}" if all(abs(100 * s - round(100 * s)) < 1e-9 for s in shares) else "{:.1%}"
+    most = max(_nines(dot["confidence"]) for _, _, dots in series for dot in dots)
+    end = max(1.0, math.ceil(most * 2) / 2)
+    marks = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999]
+    marks = [mark for mark in marks if _nines(mark) <= end + 1e-9]
+    curve = [1 - 10 ** (-end * k / 60) for k in range(61)]
+    path = "L".join(f"{SIDE * k / 60:.1f} {SIDE * (1 - c):.1f}" for k, c in enumerate(curve))
     plot = Plot(
         label=label,
         x_label="confidence of the exit",
         y_label="share that full depth agrees with",
-        x_ticks=[Tick(place(s) / 10, f"{s:.3g}") for s in shares],
-        y_ticks=[Tick(place(s) / 10, form.format(s).replace("%", " %")) for s in shares],
-        lines=[("guide", f"M0 {SIDE:.0f}L{SIDE:.0f} 0")],
-        head=["exit layer", "confidence", "tokens", "agreement", "95 % interval"],
+        x_ticks=[Tick(100 * _nines(mark) / end, f"{mark:g}") for mark in marks],
+        y_ticks=[Tick(25.0 * k, f"{25 * k} %") for k in range(5)],
+        lines=[("guide", "M" + path)],
+        head=["exit layer and confidence", "tokens", "agreement", "95 % interval"],
     )
-    for name, colour, some in series:
+    for name, colour, dots in series:
         plot.legend.append((colour, name))
-        for dot in some:
-            lowest, highest = dot["interval"]
-            between = f"{percent(lowest)} to {percent(highest)}"
-            ends = f"{dot['low']:.3f} to {dot['high']:.3f}"
-            agreement, tokens = percent(dot["agreement"]), number(dot["tokens"])
-            tip = f"{name}, confidence {ends}: {agreement} agree ({between}), {tokens} tokens"
-            plot.dots.append(
-                Dot(
-                    place(dot["confidence"]),
-                    SIDE - place(dot["agreement"]),
-                    SIDE - place(highest),
-                    SIDE - place(lowest),
-                    colour,
-                    tip,
-                )
-            )
-            plot.rows.append([name, ends, tokens, agreement, between])
+        for dot in dots:
+            _add_dot(plot, name, colour, dot, SIDE * _nines(dot["confidence"]) / end)
     return plot
+
+
+def _nines(confidence: float) -> float:
+    """How many nines a confidence has: 0.9 has one, 0.99 two."""
+    return -math.log10(1 - min(max(confidence, 0.0), 0.99999))
+
+
+def _add_dot(plot: Plot, name: str, colour: str, dot: Mapping[str, Any], x: float) -> None:
+    low, high = dot["interval"]
+    between = f"{percent(low)} to {percent(high)}"
+    ends = f"{name}, {dot['low']:.3f} to {dot['high']:.3f}"
+    agreement, tokens = percent(dot["agreement"]), number(dot["tokens"])
+    tip = f"{ends}: {agreement} agree ({between}), {tokens} tokens"
+    y, top, bottom = (SIDE * (1 - share) for share in (dot["agreement"], high, low))
+    plot.dots.append(Dot(x, y, top, bottom, colour, tip))
+    plot.rows.append([ends, tokens, agreement, between])
 
 
 def _amounts(values: Sequence[float]) -> list[Tick]:

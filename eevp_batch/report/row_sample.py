@@ -219,7 +219,9 @@ class _Reader:
         found, width = self.found, len(self._layers)
         starts = np.cumsum(lengths) - lengths
         positions = np.arange(len(exits)) - np.repeat(starts, lengths)
-        found.by_position += _cross(np.minimum(positions, MAX_POSITIONS), exits, MAX_POSITIONS + 1, width)
+        found.by_position += _cross(
+            np.minimum(positions, MAX_POSITIONS), exits, MAX_POSITIONS + 1, width
+        )
         if self._vocabulary is not None and len(exits):
             kinds = self._vocabulary.classes(_flat(table["token_ids"]), starts)
             counts = _cross(kinds, exits, len(CLASSES), width)

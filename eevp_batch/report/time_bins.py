@@ -11,16 +11,19 @@ class TimeBins:
 
     Attributes:
         width_s: seconds of a bin.
+        end_s: the latest moment that was added; the last bin ends there.
         sums: by bin.
     """
 
     max_bins: int = 240
     width_s: float = 0.25
+    end_s: float = 0.0
     sums: list[float] = field(default_factory=list)
 
     def add(self, start_s: float, stop_s: float, amount: float) -> None:
         """Spread an amount evenly over a span; a span without length is a moment."""
         self._reach(stop_s)
+        self.end_s = max(self.end_s, stop_s)
         first, last = self._bin(start_s), self._bin(stop_s)
         if first == last or stop_s <= start_s:
             self.sums[last] += amount
@@ -42,13 +45,18 @@ class TimeBins:
         self.sums += [0.0] * (self._bin(stop_s) + 1 - len(self.sums))
 
     def rates(self) -> list[tuple[float, float]]:
-        """(middle of the bin, amount per second)."""
-        return [((k + 0.5) * self.width_s, s / self.width_s) for k, s in enumerate(self.sums)]
+        """(start of the bin, amount per second, 0 after the end); a rate holds until the next."""
+        found = []
+        for number, amount in enumerate(self.sums):
+            start_s = number * self.width_s
+            length_s = min(self.width_s, self.end_s - start_s)
+            found.append((start_s, amount / length_s if length_s > 0 else 0.0))
+        return [*found, (self.end_s, 0.0)]
 
     def running_totals(self) -> list[tuple[float, float]]:
         """(end of the bin, all that came up to there), from (0, 0) on."""
         points, total = [(0.0, 0.0)], 0.0
         for number, amount in enumerate(self.sums, 1):
             total += amount
-            points.append((number * self.width_s, total))
+            points.append((min(number * self.width_s, self.end_s), total))
         return points

@@ -79,7 +79,7 @@ class Vocabulary:
             self._texts[token_id] = text.removeprefix(before)
 
     def _facts(self, token_id: int) -> tuple[int, bool, bool]:
-        """Class (word start for all letters), whether a space comes first, whether a letter last."""
+        """Class (all letters: word start), whether a space comes first, a letter last."""
         text = self._texts[token_id]
         if token_id in self._special:
             return _SPECIAL, False, False

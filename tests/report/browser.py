@@ -48,9 +48,7 @@ class Browser:
         self._held, self._count = b"", 0
         self._process, self._to, self._from = _start([program, *_OPTIONS], folder)
         targets = self.call("Target.createTarget", url="about:blank")
-        attached = self.call(
-            "Target.attachToTarget", targetId=targets["targetId"], flatten=True
-        )
+        attached = self.call("Target.attachToTarget", targetId=targets["targetId"], flatten=True)
         self._session: str = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.page(f"{domain}.enable")

@@ -39,9 +39,9 @@ _TABS = (
 _NAMES = {"system": "System", "python": "Python"}
 _DARK = """
   --ground: #0f141a; --paper: #171e26; --ink: #e6ebf0; --soft: #9aa7b4; --rule: #2a333e;
-  --grid: #242d37; --accent: #4fd1c0; --tip: #e6ebf0; --tip-ink: #16202c;
-  --track: #222b35; --good: #7ee0a8; --good-ground: #12341f; --warn: #f2c879;
-  --warn-ground: #38290c; --bad: #ff8f86; --bad-ground: #43191a; --wait: #b98d3c; --start: #536170; --learn: #9d93ea;
+  --grid: #242d37; --accent: #4fd1c0; --tip: #e6ebf0; --tip-ink: #16202c; --track: #222b35;
+  --good: #7ee0a8; --good-ground: #12341f; --warn: #f2c879; --warn-ground: #38290c;
+  --bad: #ff8f86; --bad-ground: #43191a; --wait: #b98d3c; --start: #536170; --learn: #9d93ea;
 """
 
 

@@ -24,9 +24,11 @@ table = pyarrow.dataset.dataset("data", format="parquet").to_table()
 print(table.num_rows, table.column("text")[0])
 """,
     "datasets": """\
+import os
+
 from datasets import load_dataset
 
-rows = load_dataset(".", split="train")  # or the id of the dataset on the hub
+rows = load_dataset(os.getcwd(), split="train")  # or the dataset's id on the hub
 print(rows.num_rows, rows[0]["text"])
 """,
     "pandas": """\

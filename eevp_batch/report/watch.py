@@ -35,7 +35,11 @@ def watch(
     try:
         if console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
-                _follow(read, lambda status: live.update(status_view(status), refresh=True), sleep)
+                _follow(
+                    read,
+                    lambda status: live.update(status_view(status, console.width), refresh=True),
+                    sleep,
+                )
         else:
             _follow(read, _Lines(console).show, sleep)
     except KeyboardInterrupt:
@@ -72,11 +76,12 @@ class _Lines:
         self._last = line
 
 
-def status_view(status: Status) -> RenderableType:
+def status_view(status: Status, width: int) -> RenderableType:
     """One look at a job, for a terminal.
 
     Args:
         status: the look.
+        width: columns of the terminal.
     """
     style = _STYLES.get(status.state, "")
     head = Text.assemble((status.run_id, "bold"), "  ", (status.state, style))
@@ -84,7 +89,10 @@ def status_view(status: Status) -> RenderableType:
         head.append(f"  {printable(status.reason)}", style=style)
     gauge = Table.grid(padding=(0, 1))
     total, done = max(status.rows_total, 1), status.rows_done
-    gauge.add_row(ProgressBar(total=total, completed=done, width=48), percent(done / total))
+    gauge.add_row(
+        ProgressBar(total=total, completed=done, width=max(8, min(48, width - 10))),
+        percent(done / total),
+    )
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     for name, value in status_facts(status, time.time()).items():
@@ -93,5 +101,8 @@ def status_view(status: Status) -> RenderableType:
     exits = status.totals.exit_histogram
     if exits:
         layers = {f"layer {layer}": exits[layer] for layer in sorted(exits)}
-        parts += [Text("\ntokens by exit layer", style="dim"), Text(histogram(layers, 72))]
+        parts += [
+            Text("\ntokens by exit layer", style="dim"),
+            Text(histogram(layers, min(width, 80))),
+        ]
     return Group(*parts)

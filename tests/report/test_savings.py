@@ -36,7 +36,7 @@ def test_the_cost_of_a_token_is_that_of_the_forecast() -> None:
 def test_seconds_go_with_operations() -> None:
     found = saved({2: 100})
     assert found.seconds_saved == pytest.approx(10.0 * (found.flops_full / found.flops_run - 1))
-    assert found.layers_run, found.layers_full == (200, 600)
+    assert (found.layers_run, found.layers_full) == (200, 600)
 
 
 def test_checks_that_nobody_passes_cost_and_do_not_save() -> None:

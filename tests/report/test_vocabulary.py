@@ -47,8 +47,9 @@ def test_a_generation_begins_with_a_word_start_whatever_stood_before_it(tiny_lla
 
 
 def test_pieces_are_the_text_and_a_character_comes_whole(tiny_llama: Path) -> None:
-    vocabulary, tokenizer = Vocabulary.read(tiny_llama), Tokenizer.from_file(
-        f"{tiny_llama}/tokenizer.json"
+    vocabulary, tokenizer = (
+        Vocabulary.read(tiny_llama),
+        Tokenizer.from_file(f"{tiny_llama}/tokenizer.json"),
     )
     text = " a ü 日本!"
     ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -90,7 +90,8 @@ def _css(colours: list[ExitColour]) -> str:
     light = "".join(f".{c.name} {{ --c: {c.light}; }}\n" for c in colours)
     last = colours[-1].name
     light += f".tokens span {{ --mix: 45%; }}\n.tokens span.{last} {{ --mix: 28%; }}\n"
-    dark = ":root{where} {{ color-scheme: dark;{values}}}\n"
+    dark = ":root{where} .tokens span {{ --mix: 36%; }}\n"  # bright ones would drown the text
+    dark += ":root{where} {{ color-scheme: dark;{values}}}\n"
     shades = "".join(f":root{{where}} .{c.name} {{{{ --c: {c.dark}; }}}}\n" for c in colours)
     by_system, by_button = ":not([data-theme=light])", "[data-theme=dark]"
     system = (dark + shades).format(where=by_system, values=_DARK)

@@ -121,6 +121,9 @@ class Browser:
             " e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
             " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
+        # What listens to scrolling has heard of it by the second frame.
+        frames = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.page("Runtime.evaluate", expression=frames, awaitPromise=True)
         self.page("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
     def screenshot(self, path: Path) -> None:

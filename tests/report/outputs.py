@@ -45,7 +45,7 @@ def write_prompts(path: Path) -> Path:
 def generation(row_id: str, row: int, model: ModelConfig, is_audited: bool) -> Generation:
     """The hostile text, leaving after every exit layer in turn; every second audit finds one wrong."""
     tokenizer = Tokenizer.from_file(f"{model.path}/tokenizer.json")
-    ids = tokenizer.encode(TEXT, add_special_tokens=False).ids + [1]
+    ids = [*tokenizer.encode(TEXT, add_special_tokens=False).ids, 1]
     layers = (2, 4, 6)
     exits = [TokenExit(token, layers[k % 3], 1 - 0.4 / (k + 1)) for k, token in enumerate(ids)]
     audit = None

@@ -25,13 +25,13 @@ def exits(figures: JobFigures, colours: list[ExitColour]) -> dict[str, Any]:
         "sampled": sampled(sample),
         "layer_legend": [(colour.name, name) for colour, name in zip(colours, names, strict=True)],
         "position_plot": _positions(sample, names, colours),
-        "no_exits": "Not known: the job has output.token_stats: false, or no token so far.",
+        "no_exits": _no_exits(figures),
         "class_rows": _classes(sample, names, colours),
         "no_classes": _no_classes(figures),
         "column_tables": [
             {
                 "name": column,
-                "has_exits": sample.has_exits,
+                "has_exits": sample.has_exits and len(layers) > 1,
                 "rows": [
                     _group(
                         value, group.rows, group.tokens, group.mean_exit_layer, group.exits, names
@@ -63,7 +63,7 @@ def sampled(sample: RowSample) -> str:
 def _positions(sample: RowSample, names: list[str], colours: list[ExitColour]) -> Plot | None:
     counts = sample.by_position[:MAX_POSITIONS]
     used = int(np.flatnonzero(counts.sum(axis=1)).max(initial=-1)) + 1
-    if not sample.has_exits or not used:
+    if not sample.has_exits or not used or len(names) == 1:
         return None
     return stacked_plot(
         "Share of tokens by exit layer and position in the generation",
@@ -77,7 +77,7 @@ def _positions(sample: RowSample, names: list[str], colours: list[ExitColour]) -
 def _classes(
     sample: RowSample, names: list[str], colours: list[ExitColour]
 ) -> list[dict[str, Any]]:
-    if sample.by_class is None:
+    if sample.by_class is None or len(names) == 1:
         return []
     layers = np.asarray(sample.exit_layers)
     rows = []
@@ -98,7 +98,7 @@ def _group(
     names: list[str],
 ) -> dict[str, Any]:
     parts, label = [], ""
-    if counts is not None and tokens:
+    if counts is not None and tokens and len(names) > 1:
         shares = [(k, count / tokens) for k, count in enumerate(counts.tolist()) if count]
         parts = [
             {"colour": f"x{k}", "width": 100 * share, "tip": f"{percent(share)} {names[k]}"}
@@ -115,9 +115,16 @@ def _group(
     }
 
 
+def _no_exits(figures: JobFigures) -> str:
+    summary = figures.summary
+    if len(summary.exit_layers) == 1 and summary.totals.generated_tokens:
+        return f"There is nothing to tell apart: every token took all {summary.num_layers} layers."
+    return "Not known: the job has output.token_stats: false, or no token so far."
+
+
 def _no_classes(figures: JobFigures) -> str:
-    if not figures.sample.has_exits:
-        return "Not known: the job has output.token_stats: false, or no token so far."
+    if not figures.sample.has_exits or len(figures.summary.exit_layers) == 1:
+        return _no_exits(figures)
     return (
         "Not known: the model's tokenizer.json is not at hand any more, or the model's folder is "
         "not what it was."

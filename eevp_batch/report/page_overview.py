@@ -25,6 +25,7 @@ def overview(figures: JobFigures, colours: list[ExitColour]) -> dict[str, Any]:
         "rows_plot": rows,
         "no_events": NO_EVENTS,
         "exit_bars": _exit_bars(figures, colours),
+        "end_bars": _end_bars(figures),
         **_savings(figures),
     }
 
@@ -56,7 +57,7 @@ def _tiles(figures: JobFigures) -> list[dict[str, str]]:
         _tile(
             "Mean exit layer",
             "none" if mean is None else f"{mean:.1f}",
-            "no token so far" if mean is None else f"exits after {_layers(summary.exit_layers)}",
+            "no token so far" if mean is None else _layers(summary.exit_layers),
             "" if mean is None else f"of {summary.num_layers}",
         ),
         _tile(
@@ -81,7 +82,11 @@ def _lengths(figures: JobFigures) -> str:
 
 
 def _layers(layers: list[int]) -> str:
-    return ", ".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} layers"
+    if len(layers) == 1:
+        return "every token takes all of them"
+    return (
+        f"exits after {', '.join(map(str, layers))}" if len(layers) <= 6 else f"{len(layers)} exits"
+    )
 
 
 def _policy(figures: JobFigures) -> str:
@@ -121,16 +126,27 @@ def _plots(figures: JobFigures) -> tuple[Plot | None, Plot | None]:
 
 def _exit_bars(figures: JobFigures, colours: list[ExitColour]) -> list[dict[str, Any]]:
     counts = figures.summary.totals.exit_histogram
-    total, most = sum(counts.values()), max(counts.values(), default=0)
+    layers = zip(figures.summary.exit_layers, colours, strict=True)
+    return _bars([(f"layer {layer}", counts[layer], colour.name) for layer, colour in layers])
+
+
+def _end_bars(figures: JobFigures) -> list[dict[str, Any]]:
+    reasons = sorted(figures.summary.totals.finish_reasons.items(), key=lambda item: -item[1])
+    return _bars([(name, count, "plain") for name, count in reasons])
+
+
+def _bars(rows: list[tuple[str, int, str]]) -> list[dict[str, Any]]:
+    """Bars for (name, count, colour); none where nothing was counted."""
+    total, most = sum(count for _, count, _ in rows), max((n for _, n, _ in rows), default=0)
     return [
         {
-            "name": f"layer {layer}",
-            "colour": colour.name,
-            "count": number(counts[layer]),
-            "share": percent(counts[layer] / total),
-            "width": 100 * counts[layer] / most,
+            "name": name,
+            "colour": colour,
+            "count": number(count),
+            "share": percent(count / total),
+            "width": 100 * count / most,
         }
-        for layer, colour in zip(figures.summary.exit_layers, colours, strict=True)
+        for name, count, colour in rows
         if total
     ]
 

@@ -28,7 +28,8 @@ def replicas(figures: JobFigures) -> dict[str, Any]:
         if segments and end_s > 0
     ]
     total = sum(timeline.seconds.values()) or 1.0
-    used = [state for state in STATES if timeline.seconds.get(state)]
+    drawn = {segment.state for lane in timeline.replicas.values() for segment in lane}
+    used = [state for state in STATES if timeline.seconds.get(state) or state in drawn]
     return {
         "lanes": lanes,
         "lane_ticks": time_ticks(end_s) if end_s > 0 else [],
@@ -54,7 +55,7 @@ def replicas(figures: JobFigures) -> dict[str, Any]:
             for place, run in enumerate(timeline.runs, 1)
         ],
         "slowest": [
-            [str(chunk_id), replica, f"{taken_s:.1f}", number(rows), number(tokens)]
+            [str(chunk_id), replica, f"{taken_s:,.1f}", number(rows), number(tokens)]
             for taken_s, chunk_id, rows, tokens, replica in figures.chunks.slowest
         ],
     }

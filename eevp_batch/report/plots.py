@@ -88,17 +88,8 @@ def time_ticks(end_s: float) -> list[Tick]:
     """Ticks of an axis of seconds, at times that people count in."""
     sizes = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200)
     step = next((s for s in sizes if s * 5 >= end_s), 86400 * math.ceil(end_s / 86400 / 5))
-    return [Tick(100 * t / end_s, _clock(t)) for t in range(0, int(end_s) + 1, step)]
-
-
-def _clock(seconds: int) -> str:
-    if seconds % 3600 == 0 and seconds:
-        return f"{seconds // 3600} h"
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d}"
-    if seconds >= 120 and seconds % 60 == 0:
-        return f"{seconds // 60} min"
-    return f"{seconds} s"
+    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if step % s == 0)
+    return [Tick(100 * t / end_s, f"{t // size} {unit}") for t in range(0, int(end_s) + 1, step)]
 
 
 def step_plot(

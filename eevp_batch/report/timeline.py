@@ -80,7 +80,7 @@ class _Replica:
         """End the state it is in and begin another; None ends it for good."""
         if state == self.state:
             return
-        if self.state is not None and at_s > self.since_s:
+        if self.state is not None and (at_s > self.since_s or self.state == "dead"):
             self.segments.append(Segment(self.state, self.since_s, at_s))
             self.seconds[self.state] += at_s - self.since_s
             if len(self.segments) > MAX_SEGMENTS:

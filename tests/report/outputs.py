@@ -1,4 +1,4 @@
-"""Finished outputs with hostile texts, deaths, errors and an audit, made without running a model."""
+"""Finished outputs with hostile texts, deaths, errors, an audit, made without a model."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
-def generation(row_id: str, row: int, model: ModelConfig, is_audited: bool) -> Generation:
-    """The hostile text, leaving after every exit layer in turn; every second audit finds one wrong."""
+def generation(
+    row_id: str, row: int, model: ModelConfig, layers: list[int], is_audited: bool
+) -> Generation:
+    """The hostile text, after every exit layer in turn; every second audit finds one wrong."""
     tokenizer = Tokenizer.from_file(f"{model.path}/tokenizer.json")
     ids = [*tokenizer.encode(TEXT, add_special_tokens=False).ids, 1]
-    layers = (2, 4, 6)
-    exits = [TokenExit(token, layers[k % 3], 1 - 0.4 / (k + 1)) for k, token in enumerate(ids)]
+    exits = [
+        TokenExit(token, layers[k % len(layers)], 1 - 0.4 / (k + 1)) for k, token in enumerate(ids)
+    ]
     audit = None
     if is_audited:
         audit = Audit(ids, None if row % 4 else 5, 0.0 if row % 4 else 0.5)
@@ -71,6 +74,7 @@ def make_output(folder: Path, model_path: Path, spec: JobSpec | None = None) -> 
     store = Store.open(folder / "out")
     plan = open_plan(store, make_plan(spec, model), f"version: 1\nname: test  # {EVIL}\n")
     committer, has_audit = Committer(store, plan), plan.extras.audit
+    layers = plan.fields["exit.layers"]
     for chunk in plan.chunks:
         source = read_chunk(plan, chunk, ["prompt"])
         generations, failures = [], []
@@ -80,7 +84,7 @@ def make_output(folder: Path, model_path: Path, spec: JobSpec | None = None) -> 
                 failures.append(RowFailure(row_id, "EmptyPromptError", f"{EVIL} row {row}"))
             else:
                 is_audited = has_audit and row % 2 == 0
-                generations.append(generation(str(row_id), row, model, is_audited))
+                generations.append(generation(str(row_id), row, model, layers, is_audited))
         attempt = write_attempt(
             store, plan, spec, chunk, 1, 1, source, generations, failures, "replica-0", START
         )

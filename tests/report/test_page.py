@@ -153,7 +153,10 @@ def test_a_job_that_has_made_nothing_has_a_page(tmp_path: Path) -> None:
 def test_a_job_without_early_exits_has_a_page(tmp_path: Path, tiny_llama: Path) -> None:
     source = write_prompts(tmp_path / "in.parquet")
     store = make_output(tmp_path, tiny_llama, make_spec(source, exit={"mode": "off"}))
-    assert "exits are off" in Page(render_page(gather(store), 0.0)).text
+    found = Page(render_page(gather(store), 0.0))
+    assert "exits are off" in found.text and "Threshold" not in found.text
+    assert found.text.count("every token took all 6 layers") == 2, "instead of grey charts"
+    assert not any(tag == "rect" for tag, _ in found.tags)
 
 
 def test_figures_are_json(evil_figures: JobFigures) -> None:
@@ -178,6 +181,7 @@ def test_an_axis_reaches_what_it_shows_in_round_steps(high: float) -> None:
 def test_an_axis_of_time_has_few_ticks_within_it(end_s: float) -> None:
     ticks = time_ticks(end_s)
     assert 1 <= len(ticks) <= 6 and all(0 <= tick.place <= 100 for tick in ticks)
+    assert len({tick.label.split()[1] for tick in ticks}) == 1, "one unit for all"
 
 
 @pytest.mark.parametrize("positions", [1, 39, 41, 96, 1024, 4096])

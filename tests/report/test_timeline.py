@@ -28,7 +28,12 @@ def test_a_pause_between_two_runs_is_left_out(told: Timeline) -> None:
 
 
 def test_a_replicas_states_follow_one_another(told: Timeline) -> None:
-    assert told.replicas["replica-1"] == [Segment("starting", 0, 10), Segment("busy", 10, 25)]
+    dead = Segment("dead", 25, 25)  # the run ended then: without length, but seen
+    assert told.replicas["replica-1"] == [
+        Segment("starting", 0, 10),
+        Segment("busy", 10, 25),
+        dead,
+    ]
     first = told.replicas["replica-0"]
     assert first[:4] == [
         Segment("starting", 0, 10),

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eevp_batch import errors
-from eevp_batch.cli import _Commands, main
+from eevp_batch.cli import _Commands, _sum_up, main
 from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
 from tests.storage.jobs import make_spec, run_job, write_input
@@ -260,6 +260,18 @@ def test_a_report_goes_elsewhere_where_it_is_told_to(out: Path, tmp_path: Path) 
     assert invoke("report", out, "--json", "--out", tmp_path / "page.html").exit_code == 2
     assert invoke("report", out, "--out", tmp_path / "none" / "page.html").exit_code == 1
     assert files(out) == before
+
+
+def test_a_report_that_cannot_be_written_fails_its_command_but_not_a_job(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "report.html").mkdir()
+    result = invoke("report", out)
+    assert result.exit_code == 1 and "--out FILE writes it elsewhere" in result.stderr
+    _sum_up(str(out))  # what a job does in the end
+    told = capsys.readouterr()
+    assert "20 in, " in told.out, "the summary is shown all the same"
+    assert "the report could not be written" in told.err
 
 
 def test_watching_a_finished_job_shows_it_once(out: Path) -> None:

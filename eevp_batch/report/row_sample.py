@@ -152,16 +152,22 @@ def sample_rows(
     for rel in order:
         if found.rows >= max_rows or found.tokens >= MAX_TOKENS:
             break
-        reader.take(_read(store, rel, [*_PLAIN, *kept_columns]))
+        reader.take(_read(store, rel, reader.grouped_columns))
     return reader.finish()
 
 
-def _read(store: Store, rel: str, columns: list[str]) -> Any:
+def _read(store: Store, rel: str, grouped: list[str]) -> Any:
+    """The columns of ours that are used, and those kept ones that rows may be grouped by."""
     try:
         with store.open_input(rel) as source:
             file = pq.ParquetFile(source)
-            there = [name for name in columns if name in file.schema_arrow.names]
-            return file.read(columns=there)
+            schema = file.schema_arrow
+            names = [
+                name
+                for name in schema.names
+                if name in _PLAIN or (name in grouped and _is_groupable(schema.field(name).type))
+            ]
+            return file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
         raise JobFailedError(
             f"{store.text}: {rel}: cannot be read ({error}); `eevp-batch verify` tells more"
@@ -184,6 +190,10 @@ class _Reader:
         self._num_taken = 0
         shape = (MAX_POSITIONS + 1, len(exit_layers))
         self.found.by_position = np.zeros(shape, np.int64)
+
+    @property
+    def grouped_columns(self) -> list[str]:
+        return [name for name, groups in self._groups.items() if groups is not None]
 
     def take(self, table: Any) -> None:
         """Count one part in."""
@@ -231,7 +241,7 @@ class _Reader:
         groups = self._groups[name]
         if groups is None:
             return
-        encoded = _values(table[name])
+        encoded = _values(table[name]) if name in table.column_names else None
         if encoded is None or len({*groups, *encoded[1]}) > MAX_VALUES:
             self._groups[name] = None
             return
@@ -255,6 +265,7 @@ class _Reader:
 
     def _draw(self, table: Any, lengths: Counts) -> None:
         """Keep the longest rows, and those whose random numbers are smallest."""
+        ours = table.select([name for name in _PLAIN if name in table.column_names])
         for row in range(table.num_rows):
             self._num_taken += 1
             drawn, length = -self._random.random(), int(lengths[row])
@@ -262,7 +273,7 @@ class _Reader:
             is_long = len(self._longest) < NUM_LONGEST or length > self._longest[0][0]
             if not is_shown and not is_long:
                 continue
-            (values,) = table.slice(row, 1).to_pylist()
+            (values,) = ours.slice(row, 1).to_pylist()
             if is_shown:
                 _keep(self._drawn, (drawn, self._num_taken, values), NUM_SHOWN)
             if is_long:
@@ -298,11 +309,13 @@ def _cross(rows: Counts, columns: Counts, num_rows: int, num_columns: int) -> Co
     return counts.reshape(num_rows, num_columns)
 
 
+def _is_groupable(kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_integer(kind) or types.is_boolean(kind))
+
+
 def _values(column: Any) -> tuple[Counts, list[str]] | None:
-    """Each row's value as an index into the values' texts; None for a type without few values."""
-    kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        return None
+    """Each row's value as an index into the values' texts; None where there are too many."""
     encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
     values = ["(null)" if value is None else str(value) for value in encoded.dictionary.to_pylist()]
     if len(values) > MAX_VALUES:

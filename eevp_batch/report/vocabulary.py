@@ -18,6 +18,8 @@ from eevp_batch.storage.plan import Plan
 CLASSES = ("word start", "word inside", "number", "punctuation", "whitespace", "special")
 _START, _INSIDE, _NUMBER, _PUNCTUATION, _SPACE, _SPECIAL = range(len(CLASSES))
 
+_UNKNOWN = -1
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -35,7 +37,7 @@ class Vocabulary:
         self._special = {token_id for token_id, token in added if token.special}
         # Alone, a token may lose the space that it begins with; after another one it does not.
         self._before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        self._texts: dict[int, str] = {}
+        self._facts = np.zeros((0, 3), np.int8)  # by token id, see _facts_of
 
     @classmethod
     def read(cls, folder: Path) -> Vocabulary | None:
@@ -55,32 +57,32 @@ class Vocabulary:
             ids: [N] tokens of several generations.
             starts: where a generation begins.
         """
-        distinct, places = np.unique(ids, return_inverse=True)
-        self._learn(distinct.tolist())
-        facts = [self._facts(token_id) for token_id in distinct.tolist()]
-        kinds, spaced, lettered = (np.asarray(column) for column in zip(*facts, strict=True))
-        kinds, spaced, lettered = kinds[places], spaced[places], lettered[places]
-        after_letter = np.concatenate([[False], lettered[:-1]])
-        after_letter[starts[starts < len(ids)]] = False
-        kinds[(kinds == _START) & ~spaced & after_letter] = _INSIDE
-        return kinds.astype(np.int64)
+        self._learn(np.unique(ids))
+        kinds, spaced, lettered = self._facts[ids].T
+        after_letter = np.concatenate([[0], lettered[:-1]])
+        after_letter[starts[starts < len(ids)]] = 0
+        is_inside = (kinds == _START) & (spaced == 0) & (after_letter == 1)
+        return np.where(is_inside, _INSIDE, kinds).astype(np.int64)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token's text in its place; empty where its character ends in a later token."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token_id) or "" for token_id in ids]
 
-    def _learn(self, ids: Sequence[int]) -> None:
-        new = [token_id for token_id in ids if token_id not in self._texts]
+    def _learn(self, ids: Ids) -> None:
+        """Fill in the facts of tokens that have not been seen before."""
+        if len(ids) and ids[-1] >= len(self._facts):
+            missing = np.full((ids[-1] + 1 - len(self._facts), 3), _UNKNOWN, np.int8)
+            self._facts = np.concatenate([self._facts, missing])
+        new = ids[self._facts[ids, 0] == _UNKNOWN].tolist()
         decode = self._tokenizer.decode_batch
-        before = decode([self._before])[0]
+        (before,) = decode([self._before])
         texts = decode([[*self._before, token_id] for token_id in new], skip_special_tokens=False)
         for token_id, text in zip(new, texts, strict=True):
-            self._texts[token_id] = text.removeprefix(before)
+            self._facts[token_id] = self._facts_of(token_id, text.removeprefix(before))
 
-    def _facts(self, token_id: int) -> tuple[int, bool, bool]:
+    def _facts_of(self, token_id: int, text: str) -> tuple[int, bool, bool]:
         """Class (all letters: word start), whether a space comes first, a letter last."""
-        text = self._texts[token_id]
         if token_id in self._special:
             return _SPECIAL, False, False
         if not text.strip():

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -96,6 +97,26 @@ def test_shown_and_longest_rows_are_rows_of_the_output(tmp_path: Path) -> None:
     assert all(rows[row["row_id"]]["text"] == row["text"] for row in found.shown)
     assert not found.has_exits and found.by_column["task"]["task 0"].exits is None
     assert found.by_column["task"]["task 0"].mean_exit_layer is not None
+
+
+def test_columns_of_any_type_may_be_kept(tmp_path: Path) -> None:
+    ids = [f"row-{number}" for number in range(12)]
+    path = write_input(tmp_path / "in.parquet", ids)
+    kept = {
+        "flag": pa.array([True, None] * 6),
+        "level": pa.array([1, 2, 3] * 4, pa.int8()),
+        "at": pa.array(range(12), pa.timestamp("ns", "UTC")),
+        "blob": pa.array([b"\xff"] * 12),
+        "nothing": pa.nulls(12),
+        "tags": pa.array([["a"]] * 12),
+    }
+    pq.write_table(pa.table({"id": ids, "prompt": ids, **kept}), path)
+    store = Store.open(tmp_path / "out")
+    run_job(store, make_spec(path, input={"keep_columns": list(kept)}))
+    found = sample(store)
+    assert set(found.by_column) == {"flag", "level"}
+    assert set(found.by_column["flag"]) == {"True", "(null)"}
+    assert found.many_valued == ["at", "blob", "nothing", "tags"] and found.shown
 
 
 def test_a_part_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def _honesty(figures: JobFigures) -> str:
     if fields["exit.mode"] != "off":
         lines.append(_CAVEATS.get(fields["exit.kv"], _CAVEATS["other"]))
         if audit is None:
-            lines.append("How much was not measured: the job audited no row.")
+            lines.append("How far the text is from that was not measured: the job audited no row.")
         else:
             low, high = (percent(share) for share in audit.disagreement_interval)
             lines.append(

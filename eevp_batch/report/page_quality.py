@@ -60,8 +60,8 @@ def _agreement(figures: JobFigures, colours: list[ExitColour]) -> Plot | None:
     layers = np.asarray(sample.layers)
     confidences, agrees = np.asarray(sample.confidences), np.asarray(sample.agrees)
     series = []
-    for number_, (layer, colour) in enumerate(zip(sample.exit_layers, colours, strict=True)):
-        own = layers == number_
+    for place, (layer, colour) in enumerate(zip(sample.exit_layers, colours, strict=True)):
+        own = layers == place
         if own.any():
             dots = agreement_bins(confidences[own], agrees[own])
             series.append((f"layer {layer}", colour.name, dots))

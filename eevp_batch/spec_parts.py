@@ -153,6 +153,10 @@ class RunSpec(Section):
     """How often a row that fails is tried before it becomes an error row."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of error rows above which the job ends with exit code 3."""
+    max_errors: Annotated[int, Field(ge=0)] | None = None
+    """Number of error rows above which the job ends with exit code 3; none."""
+    row_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a generation may be in the engine before its row becomes an error row; none."""
 
 
 class AuditSpec(Section):

@@ -175,17 +175,20 @@ def encode_rows(
     n: int,
     tag: int,
     phase: Phase = "exits",
+    timeout_s: float | None = None,
 ) -> tuple[list[Prompt], list[RowFailure]]:
     """Encode each row once, for n samples; a row that cannot be done becomes a failure.
 
     Args:
         rows: the chunk's rows in order.
-        unreadable: column by number of the rows whose kept columns cannot be carried over.
+        unreadable: column by number of the rows that have text which is not UTF-8 in a column that
+            is needed.
         id_column: the column of row ids.
         encoder: encodes a row's prompt.
         n: prompts per row.
         tag: goes into each prompt.
         phase: goes into each prompt.
+        timeout_s: goes into each prompt.
     """
     prompts: list[Prompt] = []
     failures: list[RowFailure] = []
@@ -197,7 +200,8 @@ def encode_rows(
         except RowError as error:
             failures.append(row_failure(row[id_column], error))
             continue
-        prompts += [Prompt(row[id_column], token_ids, sample, tag, phase) for sample in range(n)]
+        row_id = row[id_column]
+        prompts += [Prompt(row_id, token_ids, sample, tag, phase, timeout_s) for sample in range(n)]
     return prompts, failures
 
 

@@ -5,6 +5,7 @@ The queues decide, the model computes, the engine introduces them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from eevp_batch.errors import (
     EngineStalledError,
     NonFiniteScoresError,
     RowError,
+    RowTimeoutError,
     UsageError,
 )
 from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
@@ -228,7 +230,7 @@ class Engine:
         """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
         results: list[Generation | RowFailure] = []
         exit_layer = self._model.exit_layers[depth]
-        stop = 0
+        stop, now_s = 0, time.monotonic()
         for sequence, positions in zip(sequences, scored, strict=True):
             start, stop = stop, stop + len(positions)
             if not all(decision.is_finite[start:stop]):
@@ -238,6 +240,9 @@ class Engine:
                 )
                 results.append(_failure(sequence, error))
                 self._residents.taint(sequence)
+                self._residents.leave(sequence)
+            elif now_s > sequence.deadline_s:
+                results.append(_failure(sequence, _timeout(sequence)))
                 self._residents.leave(sequence)
             elif not decision.leaves[stop - 1]:
                 sequence.mark_filled(depth)
@@ -299,6 +304,13 @@ def _cost(depth: int, sequence: Sequence) -> int:
     """About as many packed tokens as what a sequence brings into segment `depth` costs."""
     waiting = sequence.waiting(depth)
     return len(waiting.run) + waiting.num_projected // PROJECTED_PER_RUN
+
+
+def _timeout(sequence: Sequence) -> RowTimeoutError:
+    return RowTimeoutError(
+        f"not finished after {sequence.prompt.timeout_s:g} seconds in the engine "
+        f"(run.row_timeout_s); {sequence.num_generated} tokens had been generated"
+    )
 
 
 def _failure(sequence: Sequence, error: RowError) -> RowFailure:

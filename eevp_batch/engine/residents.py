@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import deque
 from typing import Protocol
 
@@ -140,6 +141,9 @@ class Residents:
         self.pool.admit(sequence, expected, shared, num_shared)
         self._stats.shared_tokens += num_shared
         self._by_seat[sequence.seat] = sequence
+        timeout_s = sequence.prompt.timeout_s
+        if timeout_s is not None and sequence.deadline_s == math.inf:
+            sequence.deadline_s = time.monotonic() + timeout_s
         self._watch(sequence.seat, sequence.token_ids, start=True)
         self._queues.push(0, sequence)
         return True

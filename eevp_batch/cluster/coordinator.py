@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eevp_batch.cluster import rules
+from eevp_batch.cluster import bisection, rules
+from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
-from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.phases import News, Phases
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries
-from eevp_batch.errors import JobFailedError, StaleAttemptError
+from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
@@ -30,7 +31,7 @@ _TICK_S = 0.25
 
 
 class Coordinator:
-    """Drives a fleet until every chunk of the plan is committed.
+    """Drives a fleet until everything in the backlog is committed.
 
     Args:
         spec: the job.
@@ -38,8 +39,9 @@ class Coordinator:
         fleet: its replicas, none of them started.
         committer: commits to the job's output.
         events: the job's diary.
-        done: ids of the chunks that earlier runs committed.
-        totals: what they add up to.
+        backlog: what is to be done.
+        num_done: chunks that earlier runs committed, of those that this run is about.
+        totals: of all chunks that earlier runs committed.
         on_progress: called about once a second, and once at the end.
         on_message: told in one sentence what a person wants to know as it happens.
         phases: tells which chunks have exits.
@@ -52,7 +54,8 @@ class Coordinator:
         fleet: Fleet,
         committer: Committer,
         events: EventLog,
-        done: set[int],
+        backlog: Backlog,
+        num_done: int,
         totals: ChunkStats,
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
@@ -62,15 +65,17 @@ class Coordinator:
         self._committer, self._events = committer, events
         self._on_progress, self._on_message = on_progress, on_message
         self._phases = phases
-        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
-        self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
+        self._backlog, self._leases = backlog, backlog.leases
         self.totals = totals
         self.recoveries = Recoveries()
-        self.num_done_before = len(done)
-        self._meter = Meter(totals, time.monotonic())
+        self.num_done_before = num_done
+        self._rows_total = backlog.retried_rows or plan.num_rows
+        self._rows_settled = 0 if backlog.is_retry else totals.rows
+        self._meter = Meter(totals, time.monotonic(), self._rows_settled)
+        self._deaths_of_suspects = 0  # since anything was finished
         self._look_due_s = 0.0
         self._waited_s = self._storage_s = 0.0
-        self._is_draining = self._has_told_draining = False
+        self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
     @property
     def num_committed(self) -> int:
@@ -84,7 +89,7 @@ class Coordinator:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every chunk of the plan is committed."""
+        """Whether everything in the backlog is committed."""
         return not self._leases.num_unfinished
 
     def drain(self) -> None:
@@ -99,9 +104,10 @@ class Coordinator:
 
         Raises:
             JobFailedError: a replica's code failed, or replicas kept dying.
-            TooManyErrorsError: more rows failed than the job allows.
+            TooManyErrorsError: more rows failed than the job allows; what was under way is
+                committed.
         """
-        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
+        self._check_errors()
         for news in self._phases.start():
             self._tell(news)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
@@ -114,24 +120,26 @@ class Coordinator:
         if self.is_finished:
             self._meter.settle(self.totals)
         self._on_progress(self.progress())
+        if self._has_too_many_errors:
+            rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
 
     def progress(self) -> Progress:
         """The job now."""
         now_s = time.monotonic()
-        rows_done = self.totals.rows + sum(slot.open_rows for slot in self._fleet.slots)
+        rows_done = self._rows_settled + sum(slot.open_rows for slot in self._fleet.slots)
         elapsed_s = now_s - self._meter.started_s
         return Progress(
-            rows_total=self._plan.num_rows,
+            rows_total=self._rows_total,
             rows_done=rows_done,
             rows_error=self.totals.rows_error,
             tokens=self._meter.tokens,
             tokens_per_s=self._meter.tokens_per_s(now_s),
             mean_exit_layer=self._meter.mean_exit_layer,
-            eta_s=self._meter.eta_s(rows_done, self._plan.num_rows, now_s),
+            eta_s=self._meter.eta_s(rows_done, self._rows_total, now_s),
             elapsed_s=elapsed_s,
             replicas=len(self._fleet.slots),
             replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
-            chunks_total=len(self._plan.chunks),
+            chunks_total=self.num_done_before + self._backlog.num_chunks,
             chunks_committed=self.num_committed,
             chunks_leased=self._leases.num_leased,
             chunks_pending=self._leases.num_pending,
@@ -161,21 +169,22 @@ class Coordinator:
         }
         while held and self._leases.num_pending:
             slot = self._fleet.slots[min(held, key=lambda index: held[index])]
-            if held[slot.index] >= min(slot.max_leases, self._fair_share()):
+            is_full = held[slot.index] >= min(slot.max_leases, self._fair_share())
+            if is_full or not self._lease(slot):
                 # Replicas that can hold more than this one may still take some.
                 del held[slot.index]
                 continue
-            self._lease(slot)
             held[slot.index] += 1
 
     def _fair_share(self) -> int:
         """Chunks that a replica may hold so that the last ones spread over all replicas."""
         return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
 
-    def _lease(self, slot: Slot) -> None:
-        lease = self._leases.lease(slot.name, self._phases.phase)
-        if lease is None:
-            return
+    def _lease(self, slot: Slot) -> bool:
+        found = self._backlog.lease(slot.name, self._phases.phase)
+        if found is None:
+            return False
+        lease, task = found
         self._write_event(
             "chunk_leased",
             chunk_id=lease.chunk_id,
@@ -183,13 +192,16 @@ class Coordinator:
             attempt=lease.attempt_no,
             replica=lease.replica,
             phase=lease.phase,
+            **({} if task.span is None else {"span": task.span}),
         )
-        self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
+        self._fleet.process(slot, lease, task)
+        return True
 
     def _ask_to_learn(self) -> None:
         """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
         slots = [slot for slot in self._fleet.slots if slot.ready is not None]
-        if self._is_draining or not slots or not self._phases.is_learning_due:
+        is_due = not self._backlog.is_retry and self._phases.is_learning_due
+        if self._is_draining or not slots or not is_due:
             return
         slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
         order = self._phases.learn(self._plan.num_rows - self.totals.rows)
@@ -243,17 +255,23 @@ class Coordinator:
         # Epochs start at 1: no attempt is of lease 0.
         current_epoch = self._leases.current_epoch(lease.chunk_id) or 0
         try:
+            if self._backlog.take_piece(lease, attempt):
+                self._settle(slot, attempt.stats.rows)
+                return
             with self._in_storage():
                 stats = self._committer.commit(attempt, current_epoch).attempt.stats
         except StaleAttemptError as error:
             self.recoveries += Recoveries(attempts_discarded=1)
             self._write_event("attempt_discarded", **_names(lease), reason=str(error))
             return
-        self._leases.commit(lease)
-        self.totals += stats
-        slot.committed_rows += stats.rows
-        for any_slot in self._fleet.slots:
-            any_slot.deaths_in_a_row = 0
+        pieces = self._backlog.commit(lease)
+        with self._in_storage():
+            for piece in pieces:
+                self._committer.discard(piece)
+        superseded = self._backlog.superseded(lease.chunk_id)
+        self.totals = self.totals.without_errors(superseded) + stats
+        rows = self._backlog.num_rows(lease.chunk_id)
+        self._settle(slot, rows - sum(piece.stats.rows for piece in pieces))
         self._write_event(
             "chunk_committed",
             **_names(lease),
@@ -263,18 +281,42 @@ class Coordinator:
         )
         for news in self._phases.committed(attempt, self.totals.audit):
             self._tell(news)
-        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
+        self._check_errors()
+
+    def _settle(self, slot: Slot, rows: int) -> None:
+        """A replica has finished something that stays: replicas do not die of everything."""
+        slot.committed_rows += rows
+        self._rows_settled += rows
+        self._deaths_of_suspects = 0
+        for any_slot in self._fleet.slots:
+            any_slot.deaths_in_a_row = 0
+
+    def _check_errors(self) -> None:
+        """Drain once more rows failed than the job allows; a retry is judged at its end."""
+        if self._backlog.is_retry or self._has_too_many_errors:
+            return
+        try:
+            rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
+        except TooManyErrorsError as error:
+            self._has_too_many_errors = True
+            self._on_message(str(error))
+            self.drain()
 
     # --- deaths ----------------------------------------------------------------------------------
 
     def _bury(self, slot: Slot, reason: str) -> None:
         """Give a replica up: its chunks are pending again, its slot is free for the next one."""
-        name = slot.name
-        returned, was_learning = self._leases.release(name), slot.is_learning
+        name, was_learning = slot.name, slot.is_learning
+        returned, set_aside = self._backlog.release(name, reason)
         self._fleet.bury(slot)
-        slot.deaths_in_a_row += 1
+        if any(lease.is_alone for lease in returned):
+            self._deaths_of_suspects += 1
+        else:
+            slot.deaths_in_a_row += 1
         slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
-        self.recoveries += Recoveries(replica_deaths=1, chunks_returned=len(returned))
+        self.recoveries += Recoveries(
+            replica_deaths=1, chunks_returned=len(returned), rows_set_aside=len(set_aside)
+        )
         self._write_event(
             "replica_dead",
             replica=name,
@@ -282,24 +324,14 @@ class Coordinator:
             chunks=[lease.chunk_id for lease in returned],
         )
         self._on_message(f"{name} died; {len(returned)} chunks go back: {reason}")
-        if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+        patience = bisection.patience(self._spec.run.chunk_rows, self._spec.run.max_attempts)
+        if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW or self._deaths_of_suspects > patience:
             raise JobFailedError(
-                f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
-                f"{reason}"
+                f"{max(slot.deaths_in_a_row, self._deaths_of_suspects)} replicas in a row died and "
+                f"nothing was finished between; the last one: {reason}"
             )
-        for news in self._phases.learner_died() if was_learning else ():
+        for news in (*set_aside, *(self._phases.learner_died() if was_learning else ())):
             self._tell(news)
-        self._check_suspects([lease.chunk_id for lease in returned], reason)
-
-    def _check_suspects(self, chunk_ids: list[int], reason: str) -> None:
-        """Give up on chunks that keep company with deaths; bisecting them would begin here."""
-        limit = self._spec.run.max_attempts
-        suspects = [f"{c:05d}" for c in chunk_ids if self._leases.deaths(c) >= limit]
-        if suspects:
-            raise JobFailedError(
-                f"{limit} replicas died while they held chunk {' or '.join(suspects)} "
-                f"(run.max_attempts); the last one: {reason}"
-            )
 
     # --- bookkeeping -----------------------------------------------------------------------------
 

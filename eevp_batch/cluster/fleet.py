@@ -16,12 +16,12 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import Replica, ReplicaReady
 from eevp_batch.errors import EevpError, JobFailedError
-from eevp_batch.storage.plan import Chunk
 
 _PID = re.compile(r"\bpid: (\d+)")
 
@@ -138,9 +138,9 @@ class Fleet:
         ).remote(slot.name, *self._arguments)
         self._remember(slot.handle.ready.remote(), slot, "ready")
 
-    def process(self, slot: Slot, lease: Lease, chunk: Chunk) -> None:
+    def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send a lease to the slot's replica."""
-        self._remember(slot.handle.process.remote(lease, chunk), slot, "process", lease)
+        self._remember(slot.handle.process.remote(lease, task), slot, "process", lease)
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask the slot's replica to learn exits."""

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import ray
 
 from eevp_batch import __version__
+from eevp_batch.cluster import rules
+from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
@@ -28,6 +30,7 @@ from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec, JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
+from eevp_batch.storage.patches import find_patches
 from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
 
@@ -42,7 +45,7 @@ class JobResult:
         chunks_before: how many chunks that were.
         wall_s: seconds of this run, from Ray's start to `_SUCCESS`.
         working_s: seconds of them from the first replica's readiness to the last commit.
-        success: what `_SUCCESS` holds.
+        success: what `_SUCCESS` holds; nothing where a retry leaves chunks to do.
     """
 
     totals: ChunkStats
@@ -64,8 +67,11 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     on_message: Callable[[str], None] | None = None,
     dashboard: bool | None = None,
+    retry: Sequence[str] | None = None,
 ) -> JobResult:
     """Generate for every chunk of the plan that is not committed yet, verify, write `_SUCCESS`.
+
+    Or try error rows again: then `_SUCCESS` is written where the job was done but for these.
 
     Args:
         spec: the job.
@@ -77,10 +83,12 @@ def run_job(
         on_message: told what a person wants to know as it happens; prints to stderr by default.
         dashboard: whether a local Ray serves its dashboard; by default unless the environment has
             EEVP_DASHBOARD=0.
+        retry: try only rows in error again, those of these classes; empty: all but skipped rows.
 
     Raises:
         JobInterruptedError: SIGINT or SIGTERM; what is committed stays, running again resumes.
-        TooManyErrorsError: more rows failed than `run.max_error_rate` allows.
+        TooManyErrorsError: more rows failed than `run.max_error_rate` or `run.max_errors` allow;
+            running again with a higher limit resumes.
         JobFailedError: replicas kept dying, their code failed, or storage did.
         UsageError: another process runs this job, or the machine lacks what a replica asks for.
         VerifyFailedError: the output does not account for every row.
@@ -94,6 +102,7 @@ def run_job(
         on_progress=on_progress or (lambda progress: None),
         on_message=on_message or _print_message,
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
+        retry=retry,
     )
     with run.committer.lock(), Interrupts() as interrupts:
         return run.run(interrupts)
@@ -112,9 +121,10 @@ class _Run:
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
         dashboard: bool,
+        retry: Sequence[str] | None,
     ) -> None:
         self.spec, self.model, self.plan, self.store = spec, model, plan, store
-        self.build, self.dashboard = build, dashboard
+        self.build, self.dashboard, self.retry = build, dashboard, retry
         self.on_progress, self.on_message = on_progress, on_message
         self.committer = Committer(store, plan)
         self.events = EventLog(store)
@@ -138,25 +148,52 @@ class _Run:
         self.committer.clean_attempts()
         clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()
-        self.events.write(
-            "job_resumed" if done else "job_started",
-            chunks=len(self.plan.chunks),
-            chunks_committed=len(done),
-            replicas=self.spec.cluster.replicas,
-            pid=os.getpid(),
-        )
-        if len(done) == len(self.plan.chunks):
+        phases = Phases(self.spec, self.plan, self.store, self._attempts())
+        backlog = self._backlog(phases, done)
+        self._write_start(backlog, len(done))
+        if not backlog.num_chunks:
             return self._finish(before, before, len(done), 0.0, Recoveries())
+        if backlog.is_retry:
+            self.committer.reopen()
         with local_ray(_cpus_to_offer(self.spec.cluster), self.dashboard) as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")
-            coordinator = self._coordinate(interrupts, local, done, before)
+            num_done = 0 if backlog.is_retry else len(done)
+            coordinator = self._coordinate(interrupts, local, backlog, phases, num_done, before)
         return self._finish(
             coordinator.totals, before, len(done), coordinator.working_s, coordinator.recoveries
         )
 
+    def _backlog(self, phases: Phases, done: set[int]) -> Backlog:
+        """What there is to do."""
+        max_attempts = self.spec.run.max_attempts
+        if self.retry is not None:
+            patches = {p.chunk_id: p for p in find_patches(self.committer, self.retry)}
+            return Backlog.retry(self.plan, patches, max_attempts)
+        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
+        return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
+
+    def _write_start(self, backlog: Backlog, num_done: int) -> None:
+        facts = {"replicas": self.spec.cluster.replicas, "pid": os.getpid()}
+        if self.retry is not None:
+            rows = backlog.retried_rows
+            self.events.write("retry_started", chunks=backlog.num_chunks, rows=rows, **facts)
+            return
+        self.events.write(
+            "job_resumed" if num_done else "job_started",
+            chunks=len(self.plan.chunks),
+            chunks_committed=num_done,
+            **facts,
+        )
+
     def _coordinate(
-        self, interrupts: Interrupts, local: LocalRay, done: set[int], before: ChunkStats
+        self,
+        interrupts: Interrupts,
+        local: LocalRay,
+        backlog: Backlog,
+        phases: Phases,
+        num_done: int,
+        before: ChunkStats,
     ) -> Coordinator:
         """Run the coordinator on a fleet that ends with it."""
         resources = replica_resources(self.spec.cluster, _offered())
@@ -177,11 +214,12 @@ class _Run:
             fleet=fleet,
             committer=self.committer,
             events=self.events,
-            done=done,
+            backlog=backlog,
+            num_done=num_done,
             totals=before,
             on_progress=self.on_progress,
             on_message=self.on_message,
-            phases=Phases(self.spec, self.plan, self.store, self._attempts()),
+            phases=phases,
         )
         self.coordinator = coordinator
         interrupts.drain_with(coordinator.drain)
@@ -211,7 +249,9 @@ class _Run:
             "working_s": round(working_s, 3),
             **asdict(recoveries),
         }
-        success = self.committer.finish(run_info)
+        rules.check_errors(totals, self.spec.run, self.plan.num_rows)
+        is_done = self.retry is None or chunks_before == len(self.plan.chunks)
+        success = self.committer.finish(run_info) if is_done else {}
         self.events.write(
             "job_finished",
             wall_s=round(self._wall_s, 3),

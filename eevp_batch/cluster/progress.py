@@ -53,17 +53,20 @@ class Recoveries:
 
     Attributes:
         chunks_returned: leases that went back because their replica died.
+        rows_set_aside: rows that kill replicas and became error rows.
     """
 
     replica_deaths: int = 0
     chunks_returned: int = 0
     attempts_discarded: int = 0
+    rows_set_aside: int = 0
 
     def __add__(self, other: Recoveries) -> Recoveries:
         return Recoveries(
             replica_deaths=self.replica_deaths + other.replica_deaths,
             chunks_returned=self.chunks_returned + other.chunks_returned,
             attempts_discarded=self.attempts_discarded + other.attempts_discarded,
+            rows_set_aside=self.rows_set_aside + other.rows_set_aside,
         )
 
 
@@ -73,10 +76,11 @@ class Meter:
     Args:
         committed: totals of earlier runs.
         now_s: monotonic time of the run's start.
+        rows_before: rows done then; by default those of `committed`.
     """
 
-    def __init__(self, committed: ChunkStats, now_s: float) -> None:
-        self._rows_before = committed.rows
+    def __init__(self, committed: ChunkStats, now_s: float, rows_before: int | None = None) -> None:
+        self._rows_before = committed.rows if rows_before is None else rows_before
         self._histogram = Counter(committed.exit_histogram)
         self._seen: dict[int, tuple[str, LoopProgress]] = {}
         self._window: deque[tuple[float, int]] = deque()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import (
     Build,
     ChunkWork,
@@ -29,12 +30,13 @@ from eevp_batch.cluster.engine_loop import (
 )
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.selection import Selection, select_rows, take_rows
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
-from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
+from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids, unreadable_rows
 from eevp_batch.storage.commit import Attempt, write_attempt
-from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
 
 __all__ = ["Replica", "ReplicaReady", "RowEncoder", "RowEngine"]
@@ -95,14 +97,14 @@ class Replica:
             start_s=time.monotonic() - self._started_s,
         )
 
-    async def process(self, lease: Lease, chunk: Chunk) -> Attempt:
+    async def process(self, lease: Lease, task: ChunkTask) -> Attempt:
         """Generate for a chunk's rows and write the attempt; overlaps with other leases.
 
         Raises:
             JobFailedError: an exception that belongs to no row.
         """
         try:
-            return await self._process(lease, chunk)
+            return await self._process(lease, task)
         except Exception as error:
             raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
 
@@ -127,44 +129,65 @@ class Replica:
         """Counters of the engine."""
         return self._loop.progress()
 
-    async def _process(self, lease: Lease, chunk: Chunk) -> Attempt:
+    async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:
         started_unix_s = time.time()
         _, encoder = await asyncio.wrap_future(self._loop.built)
         run = asyncio.get_running_loop().run_in_executor
-        source, work = await run(self._io, self._load, lease, chunk, encoder)
-        result = await asyncio.wrap_future(self._loop.submit(work))
+        loaded = await run(self._io, self._load, lease, task, encoder)
+        result = await asyncio.wrap_future(self._loop.submit(loaded.work))
         return await run(
             self._io,
             lambda: write_attempt(
                 self._store,
                 self._plan,
                 self._spec,
-                chunk,
+                task.chunk,
                 lease.epoch,
                 lease.attempt_no,
-                source,
+                loaded.source,
                 result.generations,
-                result.failures,
+                loaded.selection.failures(result.failures),
                 self._name,
                 started_unix_s,
                 lease.phase,
+                task.patch.number if task.patch else 0,
+                task.pieces if task.is_whole else (),
             ),
         )
 
-    def _load(self, lease: Lease, chunk: Chunk, encoder: RowEncoder) -> tuple[pa.Table, ChunkWork]:
-        """Read a chunk's rows and encode them."""
+    def _load(self, lease: Lease, task: ChunkTask, encoder: RowEncoder) -> _Loaded:
+        """Read a chunk's rows and encode those that are to run."""
+        chunk = task.chunk
         source = read_chunk(self._plan, chunk, encoder.columns)
-        needed = source.select(_unique([self._spec.input.id_column, *encoder.columns]))
+        ids = table_ids(source, self._plan, self._plan.files[chunk.file_index].path)
+        selection = select_rows(self._store, task, ids)
+        needed = _unique([self._spec.input.id_column, *encoder.columns])
+        part = take_rows(source, selection.run)
         prompts, failures = encode_rows(
-            iter_rows(needed),
-            unreadable_rows(source, self._plan.kept_columns),
+            iter_rows(part.select(needed)),
+            unreadable_rows(part, _unique([*encoder.columns, *self._plan.kept_columns])),
             self._spec.input.id_column,
             encoder,
             self._spec.sampling.n,
             lease.epoch,
             lease.phase,
+            self._spec.run.row_timeout_s,
         )
-        return source, ChunkWork(lease.epoch, prompts, failures)
+        work = ChunkWork(lease.epoch, prompts, failures)
+        return _Loaded(take_rows(source, selection.accounted), selection, work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a task has to do.
+
+    Attributes:
+        source: the rows that the attempt accounts for by itself.
+    """
+
+    source: pa.Table
+    selection: Selection
+    work: ChunkWork
 
 
 def encode_rows(

@@ -165,7 +165,9 @@ def _check_chunk(
     ]
     last = found.last
     errors = (
-        [] if last.errors_path is None else [_Part.read(store, last.errors_path, last.errors_sha256)]
+        []
+        if last.errors_path is None
+        else [_Part.read(store, last.errors_path, last.errors_sha256)]
     )
     for part in (*data, *errors):
         yield from part.problems
@@ -330,7 +332,9 @@ def _stray_problems(
         for name in store.list(folder):
             if name[0] not in "._" and not published.has(folder, name):
                 yield f"{folder}/{name}: no commit record names this file"
-    for chunk_id, patch in sorted(filter(None, map(layout.record_key, store.names(layout.COMMITS_DIR)))):
+    for chunk_id, patch in sorted(
+        filter(None, map(layout.record_key, store.names(layout.COMMITS_DIR)))
+    ):
         rel = layout.commit_record(chunk_id, patch)
         if chunk_id >= len(plan.chunks):
             yield f"{rel}: the plan has no such chunk"

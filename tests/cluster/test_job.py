@@ -107,7 +107,9 @@ def test_a_prompt_that_is_not_utf8_becomes_an_error_row(
     job = make_job(tmp_path, prompts=20)
     job.run(Script(), max_error_rate=0.05)
     (error,) = job.errors()
-    assert (error["row_id"], error["error_class"]) == (7, "UnreadableTextError"), "the bad row fails"
+    assert (error["row_id"], error["error_class"]) == (7, "UnreadableTextError"), (
+        "the bad row fails"
+    )
     assert "'prompt'" in error["message"], "the column is not named"
     assert [row["row_id"] for row in job.rows()] == [row for row in range(20) if row != 7], (
         "the rows beside the bad one come out"

@@ -14,8 +14,8 @@ from eevp_batch.errors import (
     EmptyPromptError,
     PromptRenderError,
     PromptTooLongError,
-    RowSkippedError,
     RowError,
+    RowSkippedError,
     UsageError,
 )
 from eevp_batch.spec import InputSpec, PromptSpec

@@ -21,7 +21,8 @@ EevpError                     1
     ├── PromptTooLongError
     ├── PromptRenderError         the template raised, or the messages are not messages
     ├── UnreadableTextError       a kept column's text is not UTF-8
-    └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+    ├── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+    └── RowTooLargeError          it does not fit into memory even alone
 """
 
 from __future__ import annotations
@@ -180,3 +181,7 @@ class UnreadableTextError(RowError):
 
 class NonFiniteScoresError(RowError):
     """The model gave NaN or infinite scores for this row."""
+
+
+class RowTooLargeError(RowError):
+    """The row's activations do not fit into memory although nothing runs beside it."""

@@ -126,6 +126,7 @@ class Sequence:
         self.promised = 0  # pages that it counts on and does not have yet
         self.seat = -1
         self.finish_reason: str | None = None
+        self.shortages_alone = 0  # how often memory ran out while it ran alone
 
     @property
     def num_prompt(self) -> int:

@@ -153,6 +153,8 @@ class RunSpec(Section):
     """How often a row that fails is tried before it becomes an error row."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of error rows above which the job ends with exit code 3."""
+    no_progress_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a commit or a token after which the job fails; a step may take a third."""
 
 
 class AuditSpec(Section):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from eevp_batch.cluster import rules
+from eevp_batch.cluster import rules, stall
+from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease, LeaseTable
-from eevp_batch.cluster.phases import News, Phases
-from eevp_batch.cluster.progress import Meter, Progress, Recoveries
+from eevp_batch.cluster.news import News, learning_started, memory_shortage
+from eevp_batch.cluster.phases import Phases
+from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
 from eevp_batch.errors import JobFailedError, StaleAttemptError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
@@ -68,8 +69,12 @@ class Coordinator:
         self.recoveries = Recoveries()
         self.num_done_before = len(done)
         self._meter = Meter(totals, time.monotonic())
+        self._stall = stall.StallWatch(
+            spec.run.no_progress_timeout_s,
+            lambda: stall.describe(fleet.slots, self._leases.leases_of, fleet.resources),
+        )
         self._look_due_s = 0.0
-        self._waited_s = self._storage_s = 0.0
+        self._waiting, self._in_storage = Stopwatch(), Stopwatch()
         self._is_draining = self._has_told_draining = False
 
     @property
@@ -108,7 +113,9 @@ class Coordinator:
             self._start_replicas()
             self._hand_out()
             self._ask_to_learn()
-            for outcome in self._wait():
+            with self._waiting:
+                outcomes = list(self._fleet.wait(_TICK_S))
+            for outcome in outcomes:
                 self._take(outcome)
             self._look()
         if self.is_finished:
@@ -135,8 +142,8 @@ class Coordinator:
             chunks_committed=self.num_committed,
             chunks_leased=self._leases.num_leased,
             chunks_pending=self._leases.num_pending,
-            coordinator_s=elapsed_s - self._waited_s - self._storage_s,
-            storage_s=self._storage_s,
+            coordinator_s=elapsed_s - self._waiting.total_s - self._in_storage.total_s,
+            storage_s=self._in_storage.total_s,
             is_draining=self._is_draining,
         )
 
@@ -193,9 +200,7 @@ class Coordinator:
             return
         slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
         order = self._phases.learn(self._plan.num_rows - self.totals.rows)
-        text = f"{slot.name} learns exits from {order.num_rows} rows"
-        fields = {"replica": slot.name, "chunks": len(order.chunks)}
-        self._tell(News("learning_started", text, fields))
+        self._tell(learning_started(slot.name, order))
         self._fleet.learn(slot, order)
 
     # --- taking in -------------------------------------------------------------------------------
@@ -208,15 +213,22 @@ class Coordinator:
         elif outcome.call == "ready":
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
-            outcome.slot.progress = outcome.value
-            if outcome.value.max_resident:  # another engine may hold more or fewer
-                outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
-            self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
+            self._take_progress(outcome.slot, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
         elif outcome.call == "learn":
             outcome.slot.is_learning = False
             self._tell(self._phases.has_learned(outcome.value))
+
+    def _take_progress(self, slot: Slot, heard: LoopProgress) -> None:
+        news = memory_shortage(slot.name, slot.progress, heard)
+        if news is not None:
+            self.recoveries += Recoveries(memory_shortages=news.fields["steps"])
+            self._tell(news)
+        slot.progress = heard
+        if heard.max_resident:  # another engine, or one short of memory, may hold more or fewer
+            slot.max_leases = rules.max_leases(heard.max_resident, self._plan)
+        self._meter.update(slot.index, slot.name, heard)
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
@@ -243,7 +255,7 @@ class Coordinator:
         # Epochs start at 1: no attempt is of lease 0.
         current_epoch = self._leases.current_epoch(lease.chunk_id) or 0
         try:
-            with self._in_storage():
+            with self._in_storage:
                 stats = self._committer.commit(attempt, current_epoch).attempt.stats
         except StaleAttemptError as error:
             self.recoveries += Recoveries(attempts_discarded=1)
@@ -303,12 +315,6 @@ class Coordinator:
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
-    def _wait(self) -> Iterator[Outcome]:
-        start_s = time.monotonic()
-        outcomes = list(self._fleet.wait(_TICK_S))
-        self._waited_s += time.monotonic() - start_s
-        yield from outcomes
-
     def _look(self) -> None:
         """Report, and ask the replicas for the next report."""
         if self._is_draining and not self._has_told_draining:
@@ -317,7 +323,9 @@ class Coordinator:
             return
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
         self._fleet.poll()
-        self._on_progress(self.progress())
+        found = self.progress()
+        self._on_progress(found)
+        self._stall.look(found)
 
     def _tell_draining(self) -> None:
         self._has_told_draining = True
@@ -332,16 +340,8 @@ class Coordinator:
         self._on_message(news.text)
 
     def _write_event(self, event: str, **fields: Any) -> None:
-        with self._in_storage():
+        with self._in_storage:
             self._events.write(event, **fields)
-
-    @contextmanager
-    def _in_storage(self) -> Iterator[None]:
-        start_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self._storage_s += time.monotonic() - start_s
 
 
 def _names(lease: Lease) -> dict[str, Any]:

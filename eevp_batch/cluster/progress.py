@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -53,18 +54,38 @@ class Recoveries:
 
     Attributes:
         chunks_returned: leases that went back because their replica died.
+        memory_shortages: steps that ran out of memory, and were done again with fewer rows.
     """
 
     replica_deaths: int = 0
     chunks_returned: int = 0
     attempts_discarded: int = 0
+    memory_shortages: int = 0
 
     def __add__(self, other: Recoveries) -> Recoveries:
         return Recoveries(
             replica_deaths=self.replica_deaths + other.replica_deaths,
             chunks_returned=self.chunks_returned + other.chunks_returned,
             attempts_discarded=self.attempts_discarded + other.attempts_discarded,
+            memory_shortages=self.memory_shortages + other.memory_shortages,
         )
+
+
+class Stopwatch:
+    """Adds up the seconds spent in blocks.
+
+    Attributes:
+        total_s: of all blocks so far.
+    """
+
+    def __init__(self) -> None:
+        self.total_s = self._entered_s = 0.0
+
+    def __enter__(self) -> None:
+        self._entered_s = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.total_s += time.monotonic() - self._entered_s
 
 
 class Meter:

@@ -23,6 +23,7 @@ EevpError                     1
     ├── RowSkippedError           over-long, and `prompt.on_overlong` is skip; counts as no error
     ├── UnreadableTextError       the prompt's or a kept column's text is not UTF-8
     ├── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+    ├── RowTooLargeError          it does not fit into memory even alone
     ├── RowTimeoutError           it took longer than `run.row_timeout_s`
     └── ReplicaDiedError          it, alone on a replica, killed that replica again and again
 """
@@ -187,6 +188,10 @@ class UnreadableTextError(RowError):
 
 class NonFiniteScoresError(RowError):
     """The model gave NaN or infinite scores for this row."""
+
+
+class RowTooLargeError(RowError):
+    """The row's activations do not fit into memory although nothing runs beside it."""
 
 
 class RowTimeoutError(RowError):

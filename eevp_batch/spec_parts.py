@@ -157,6 +157,8 @@ class RunSpec(Section):
     """Number of error rows above which the job ends with exit code 3; none."""
     row_timeout_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds that a generation may be in the engine before its row becomes an error row; none."""
+    no_progress_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a commit or a token after which the job fails; a step may take a third."""
 
 
 class AuditSpec(Section):

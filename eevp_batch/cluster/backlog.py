@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from eevp_batch.cluster.bisection import Bisection, SetAside, Span, row_deaths
 from eevp_batch.cluster.leases import Lease, LeaseTable
-from eevp_batch.cluster.phases import News
+from eevp_batch.cluster.news import News
 from eevp_batch.records import Phase
 from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.patches import Patch

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from eevp_batch.cluster import bisection, rules
+from eevp_batch.cluster import news, rules, stall
 from eevp_batch.cluster.backlog import Backlog
+from eevp_batch.cluster.deaths import DeathWatch
+from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.cluster.phases import News, Phases
-from eevp_batch.cluster.progress import Meter, Progress, Recoveries
+from eevp_batch.cluster.news import News
+from eevp_batch.cluster.phases import Phases
+from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
 from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan
 
-MAX_DEATHS_IN_A_ROW = 5
 LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
 
@@ -69,12 +70,19 @@ class Coordinator:
         self.totals = totals
         self.recoveries = Recoveries()
         self.num_done_before = num_done
-        self._rows_total = backlog.retried_rows or plan.num_rows
-        self._rows_settled = 0 if backlog.is_retry else totals.rows
-        self._meter = Meter(totals, time.monotonic(), self._rows_settled)
-        self._deaths_of_suspects = 0  # since anything was finished
+        self._meter = Meter(
+            totals,
+            time.monotonic(),
+            backlog.retried_rows or plan.num_rows,
+            0 if backlog.is_retry else totals.rows,
+        )
+        self._deaths = DeathWatch(fleet.slots, spec.run)
+        self._stall = stall.StallWatch(
+            spec.run.no_progress_timeout_s,
+            lambda: stall.describe(fleet.slots, self._leases.leases_of, fleet.resources),
+        )
         self._look_due_s = 0.0
-        self._waited_s = self._storage_s = 0.0
+        self._waiting, self._in_storage = Stopwatch(), Stopwatch()
         self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
     @property
@@ -107,14 +115,15 @@ class Coordinator:
             TooManyErrorsError: more rows failed than the job allows; what was under way is
                 committed.
         """
-        self._check_errors()
-        for news in self._phases.start():
-            self._tell(news)
+        for found in self._phases.start():
+            self._tell(found)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
             self._start_replicas()
             self._hand_out()
             self._ask_to_learn()
-            for outcome in self._wait():
+            with self._waiting:
+                outcomes = list(self._fleet.wait(_TICK_S))
+            for outcome in outcomes:
                 self._take(outcome)
             self._look()
         if self.is_finished:
@@ -125,26 +134,18 @@ class Coordinator:
 
     def progress(self) -> Progress:
         """The job now."""
-        now_s = time.monotonic()
-        rows_done = self._rows_settled + sum(slot.open_rows for slot in self._fleet.slots)
-        elapsed_s = now_s - self._meter.started_s
-        return Progress(
-            rows_total=self._rows_total,
-            rows_done=rows_done,
+        return self._meter.progress(
+            time.monotonic(),
+            open_rows=sum(slot.open_rows for slot in self._fleet.slots),
+            waited_s=self._waiting.total_s,
+            storage_s=self._in_storage.total_s,
             rows_error=self.totals.rows_error,
-            tokens=self._meter.tokens,
-            tokens_per_s=self._meter.tokens_per_s(now_s),
-            mean_exit_layer=self._meter.mean_exit_layer,
-            eta_s=self._meter.eta_s(rows_done, self._rows_total, now_s),
-            elapsed_s=elapsed_s,
             replicas=len(self._fleet.slots),
             replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
             chunks_total=self.num_done_before + self._backlog.num_chunks,
             chunks_committed=self.num_committed,
             chunks_leased=self._leases.num_leased,
             chunks_pending=self._leases.num_pending,
-            coordinator_s=elapsed_s - self._waited_s - self._storage_s,
-            storage_s=self._storage_s,
             is_draining=self._is_draining,
         )
 
@@ -185,15 +186,7 @@ class Coordinator:
         if found is None:
             return False
         lease, task = found
-        self._write_event(
-            "chunk_leased",
-            chunk_id=lease.chunk_id,
-            epoch=lease.epoch,
-            attempt=lease.attempt_no,
-            replica=lease.replica,
-            phase=lease.phase,
-            **({} if task.span is None else {"span": task.span}),
-        )
+        self._write_event("chunk_leased", **news.lease_fields(lease, task.span))
         self._fleet.process(slot, lease, task)
         return True
 
@@ -205,9 +198,7 @@ class Coordinator:
             return
         slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
         order = self._phases.learn(self._plan.num_rows - self.totals.rows)
-        text = f"{slot.name} learns exits from {order.num_rows} rows"
-        fields = {"replica": slot.name, "chunks": len(order.chunks)}
-        self._tell(News("learning_started", text, fields))
+        self._tell(news.learning_started(slot.name, order))
         self._fleet.learn(slot, order)
 
     # --- taking in -------------------------------------------------------------------------------
@@ -220,15 +211,22 @@ class Coordinator:
         elif outcome.call == "ready":
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
-            outcome.slot.progress = outcome.value
-            if outcome.value.max_resident:  # another engine may hold more or fewer
-                outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
-            self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
+            self._take_progress(outcome.slot, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
         elif outcome.call == "learn":
             outcome.slot.is_learning = False
             self._tell(self._phases.has_learned(outcome.value))
+
+    def _take_progress(self, slot: Slot, heard: LoopProgress) -> None:
+        shortage = news.memory_shortage(slot.name, slot.progress, heard)
+        if shortage is not None:
+            self.recoveries += Recoveries(memory_shortages=shortage.fields["steps"])
+            self._tell(shortage)
+        slot.progress = heard
+        if heard.max_resident:  # another engine, or one short of memory, may hold more or fewer
+            slot.max_leases = rules.max_leases(heard.max_resident, self._plan)
+        self._meter.update(slot.index, slot.name, heard)
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
@@ -241,15 +239,7 @@ class Coordinator:
         slot.ready = ready
         slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
         self._meter.replica_is_ready(time.monotonic())
-        self._write_event(
-            "replica_ready",
-            replica=slot.name,
-            pid=ready.pid,
-            node_id=ready.node_id,
-            max_resident=ready.max_resident,
-            leases=slot.max_leases,
-            start_s=round(ready.start_s, 3),
-        )
+        self._write_event("replica_ready", **news.ready_fields(slot, ready))
 
     def _commit(self, slot: Slot, lease: Lease, attempt: Attempt) -> None:
         # Epochs start at 1: no attempt is of lease 0.
@@ -258,14 +248,14 @@ class Coordinator:
             if self._backlog.take_piece(lease, attempt):
                 self._settle(slot, attempt.stats.rows)
                 return
-            with self._in_storage():
+            with self._in_storage:
                 stats = self._committer.commit(attempt, current_epoch).attempt.stats
         except StaleAttemptError as error:
             self.recoveries += Recoveries(attempts_discarded=1)
             self._write_event("attempt_discarded", **_names(lease), reason=str(error))
             return
         pieces = self._backlog.commit(lease)
-        with self._in_storage():
+        with self._in_storage:
             for piece in pieces:
                 self._committer.discard(piece)
         superseded = self._backlog.superseded(lease.chunk_id)
@@ -279,17 +269,15 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
-        for news in self._phases.committed(attempt, self.totals.audit):
-            self._tell(news)
+        for found in self._phases.committed(attempt, self.totals.audit):
+            self._tell(found)
         self._check_errors()
 
     def _settle(self, slot: Slot, rows: int) -> None:
-        """A replica has finished something that stays: replicas do not die of everything."""
+        """A replica has finished something that stays."""
         slot.committed_rows += rows
-        self._rows_settled += rows
-        self._deaths_of_suspects = 0
-        for any_slot in self._fleet.slots:
-            any_slot.deaths_in_a_row = 0
+        self._meter.rows_settled += rows
+        self._deaths.finished()
 
     def _check_errors(self) -> None:
         """Drain once more rows failed than the job allows; a retry is judged at its end."""
@@ -309,11 +297,6 @@ class Coordinator:
         name, was_learning = slot.name, slot.is_learning
         returned, set_aside = self._backlog.release(name, reason)
         self._fleet.bury(slot)
-        if any(lease.is_alone for lease in returned):
-            self._deaths_of_suspects += 1
-        else:
-            slot.deaths_in_a_row += 1
-        slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
         self.recoveries += Recoveries(
             replica_deaths=1, chunks_returned=len(returned), rows_set_aside=len(set_aside)
         )
@@ -324,22 +307,12 @@ class Coordinator:
             chunks=[lease.chunk_id for lease in returned],
         )
         self._on_message(f"{name} died; {len(returned)} chunks go back: {reason}")
-        patience = bisection.patience(self._spec.run.chunk_rows, self._spec.run.max_attempts)
-        if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW or self._deaths_of_suspects > patience:
-            raise JobFailedError(
-                f"{max(slot.deaths_in_a_row, self._deaths_of_suspects)} replicas in a row died and "
-                f"nothing was finished between; the last one: {reason}"
-            )
-        for news in (*set_aside, *(self._phases.learner_died() if was_learning else ())):
-            self._tell(news)
+        tried_suspect = any(lease.is_alone for lease in returned)
+        self._deaths.died(slot, reason, tried_suspect=tried_suspect)
+        for found in (*set_aside, *(self._phases.learner_died() if was_learning else ())):
+            self._tell(found)
 
     # --- bookkeeping -----------------------------------------------------------------------------
-
-    def _wait(self) -> Iterator[Outcome]:
-        start_s = time.monotonic()
-        outcomes = list(self._fleet.wait(_TICK_S))
-        self._waited_s += time.monotonic() - start_s
-        yield from outcomes
 
     def _look(self) -> None:
         """Report, and ask the replicas for the next report."""
@@ -349,7 +322,9 @@ class Coordinator:
             return
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
         self._fleet.poll()
-        self._on_progress(self.progress())
+        found = self.progress()
+        self._on_progress(found)
+        self._stall.look(found)
 
     def _tell_draining(self) -> None:
         self._has_told_draining = True
@@ -359,21 +334,13 @@ class Coordinator:
             "again to stop at once, which loses those chunks and nothing else"
         )
 
-    def _tell(self, news: News) -> None:
-        self._write_event(news.event, **news.fields)
-        self._on_message(news.text)
+    def _tell(self, told: News) -> None:
+        self._write_event(told.event, **told.fields)
+        self._on_message(told.text)
 
     def _write_event(self, event: str, **fields: Any) -> None:
-        with self._in_storage():
+        with self._in_storage:
             self._events.write(event, **fields)
-
-    @contextmanager
-    def _in_storage(self) -> Iterator[None]:
-        start_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self._storage_s += time.monotonic() - start_s
 
 
 def _names(lease: Lease) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 | `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase`, of a suspect also `span` |
 | `row_set_aside` | `chunk_id`, `number` (of the row in what was leased), `deaths` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
+| `memory_shortage` | `replica`, `steps` (that ran out of memory), `max_resident` (from then on) |
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
 | `learning_started` | `replica`, `chunks` (how many it learns from) |
 | `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |

@@ -155,6 +155,8 @@ class _Run:
             return self._finish(before, before, len(done), 0.0, Recoveries())
         if backlog.is_retry:
             self.committer.reopen()
+        else:
+            rules.check_errors(before, self.spec.run, self.plan.num_rows)
         with local_ray(_cpus_to_offer(self.spec.cluster), self.dashboard) as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")

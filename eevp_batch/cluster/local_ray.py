@@ -68,7 +68,7 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
         ClusterError: Ray did not start.
     """
     if ray.is_initialized():
-        yield LocalRay()
+        yield LocalRay(logs=_logs())
         return
     folder = _short_folder()
     marker = uuid.uuid4().hex
@@ -98,6 +98,12 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
     url = context.dashboard_url if dashboard else None
     logs = Path(folder) / "session_latest" / "logs"
     return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
+
+
+def _logs() -> Path | None:
+    """Where the Ray that this process is connected to logs on this machine."""
+    node = ray._private.worker._global_node
+    return Path(node.get_logs_dir_path()) if node else None
 
 
 def _patch_ray() -> None:

@@ -31,6 +31,7 @@ from eevp_batch.cluster.engine_loop import (
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.selection import Selection, select_rows, take_rows
+from eevp_batch.cluster.watchdog import watch
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
@@ -76,6 +77,7 @@ class Replica:
         self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="eevp-io")
         self._started_s = time.monotonic()
         self._loop = EngineLoop(build)
+        watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
         """Wait until the engine is built.
@@ -126,7 +128,7 @@ class Replica:
             raise _told(error, f"{self._name}, learning exits") from error
 
     async def progress(self) -> LoopProgress:
-        """Counters of the engine."""
+        """Counters of the engine, and what it is doing."""
         return self._loop.progress()
 
     async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:

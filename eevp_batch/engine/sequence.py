@@ -128,6 +128,7 @@ class Sequence:
         self.seat = -1
         self.deadline_s = math.inf  # monotonic
         self.finish_reason: str | None = None
+        self.shortages_alone = 0  # how often memory ran out while it ran alone
 
     @property
     def num_prompt(self) -> int:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eevp_batch.cluster.coordinator import MAX_DEATHS_IN_A_ROW
+from eevp_batch.cluster.deaths import MAX_DEATHS_IN_A_ROW
 from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.errors import JobFailedError, TooManyErrorsError
 from eevp_batch.storage.store import Store

@@ -20,7 +20,7 @@ def seen(**layers: int) -> LoopProgress:
 
 
 def test_tokens_add_up_over_replicas_and_their_successors() -> None:
-    meter = Meter(ChunkStats(exit_histogram=Counter({6: 100})), now_s=0.0)
+    meter = Meter(ChunkStats(exit_histogram=Counter({6: 100})), 0.0, 150, 50)
     meter.update(0, "eevp-replica-0", seen(l2=10))
     meter.update(1, "eevp-replica-1", seen(l2=5, l6=5))
     meter.update(0, "eevp-replica-0", seen(l2=30))
@@ -31,17 +31,17 @@ def test_tokens_add_up_over_replicas_and_their_successors() -> None:
 
 
 def test_rates_leave_the_start_out() -> None:
-    meter = Meter(ChunkStats(rows_ok=50), now_s=0.0)
-    assert meter.tokens_per_s(5.0) is None and meter.eta_s(50, 150, 5.0) is None
+    meter = Meter(ChunkStats(rows_ok=50), 0.0, 150, 50)
+    assert meter.tokens_per_s(5.0) is None and meter.eta_s(50, 5.0) is None
     meter.replica_is_ready(10.0)
     meter.update(0, "eevp-replica-0", seen(l2=40))
     assert meter.tokens_per_s(12.0) == pytest.approx(20.0)
-    assert meter.eta_s(70, 150, 12.0) == pytest.approx(8.0), "20 of this run's rows took 2 s"
+    assert meter.eta_s(70, 12.0) == pytest.approx(8.0), "20 of this run's rows took 2 s"
     assert meter.working_s(12.0) == 2.0
 
 
 def test_the_window_forgets_what_is_long_ago() -> None:
-    meter = Meter(ChunkStats(), now_s=0.0)
+    meter = Meter(ChunkStats(), 0.0, 150, 0)
     meter.replica_is_ready(0.0)
     for second in range(1, 1_001):
         tokens = 10 * min(second, 500) + 30 * max(0, second - 500)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eevp_batch.cluster.engine_loop import Build
-from eevp_batch.errors import EmptyPromptError, EngineError, NonFiniteScoresError
+from eevp_batch.errors import EmptyPromptError, EngineError, NonFiniteScoresError, RowTimeoutError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId, TokenExit
 
 NUM_LAYERS = 6
@@ -35,6 +35,7 @@ class Script:
         step_s: seconds that a step takes.
         build_s: seconds that building takes.
         failing: rows that become error rows.
+        late: rows that become error rows because their time is over.
         raising: rows whose admission raises an error that belongs to no row.
         killing: rows whose admission kills the process, by SIGKILL.
         hanging: rows with which a step never returns.
@@ -48,6 +49,7 @@ class Script:
     step_s: float = 0.0
     build_s: float = 0.0
     failing: frozenset[RowId] = frozenset()
+    late: frozenset[RowId] = frozenset()
     raising: frozenset[RowId] = frozenset()
     killing: frozenset[RowId] = frozenset()
     hanging: frozenset[RowId] = frozenset()
@@ -129,6 +131,9 @@ class ScriptedEngine:
         if prompt.row_id in self.script.failing:
             name = NonFiniteScoresError.__name__
             return RowFailure(prompt.row_id, name, "scripted", tag=prompt.tag)
+        if prompt.row_id in self.script.late:
+            text = f"over {prompt.timeout_s} s"
+            return RowFailure(prompt.row_id, RowTimeoutError.__name__, text, tag=prompt.tag)
         return Generation(
             row_id=prompt.row_id,
             sample_index=prompt.sample_index,

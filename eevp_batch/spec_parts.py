@@ -136,6 +136,8 @@ class EngineSpec(Section):
 class ClusterSpec(Section):
     """How many replicas run, and on what; changes speed, never the output."""
 
+    address: Text | None = None
+    """Running Ray cluster to join: `auto` or host:port of its head; none: one of the job's own."""
     replicas: Count = 1
     """Copies of the model that work side by side."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"

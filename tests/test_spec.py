@@ -87,7 +87,7 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("run: {max_error_rate: 1.5}", 1, "run.max_error_rate", "1.5", "at most 1"),
     ("engine: {kv_memory: 2GB}", 1, "engine.kv_memory", '"2GB"', "2GiB or 512MiB"),
     ("cluster: {cpus_per_replica: 0}", 1, "cluster.cpus_per_replica", "0", "more than 0"),
-    ("prompt: {on_overlong: skip}", 1, "prompt.on_overlong", '"skip"', "error, truncate_left"),
+    ("prompt: {on_overlong: drop}", 1, "prompt.on_overlong", '"drop"', "error, truncate_left, skip"),
     ("prompt: {chat: 'yes'}", 1, "prompt.chat", '"yes"', "auto, or true or false"),
     ("version: 2", 1, "version", "2", "1"),
     ("version: true", 1, "version", "true", "1"),

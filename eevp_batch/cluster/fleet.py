@@ -166,7 +166,7 @@ class Fleet:
         """Wait for calls to end; yields the outcome of each that has.
 
         Raises:
-            JobFailedError: the local Ray itself has died.
+            JobFailedError: Ray itself has died.
         """
         if not self._calls:
             time.sleep(timeout_s)
@@ -174,7 +174,7 @@ class Fleet:
         try:
             done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         except RayError as error:
-            raise JobFailedError(f"the local Ray has died: {error}") from error
+            raise JobFailedError(f"Ray has died: {error}") from error
         for ref in done:
             slot, call, lease = self._calls.pop(ref)
             yield self._outcome(ref, slot, call, lease)

@@ -1,33 +1,34 @@
-"""Run one job from its plan to its `_SUCCESS`, on a local Ray of its own."""
+"""Run one job from its plan to its `_SUCCESS`, on a Ray of its own or on a cluster."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from eevp_batch import __version__
 from eevp_batch.cluster import rules
+from eevp_batch.cluster.attached_ray import attached_ray
 from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
-from eevp_batch.cluster.fleet import Fleet, Resources
+from eevp_batch.cluster.fleet import Fleet
 from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
-from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError, UsageError
+from eevp_batch.cluster.resources import cpus_to_offer, offered, replica_resources
+from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
-from eevp_batch.spec import ClusterSpec, JobSpec
+from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.patches import find_patches
@@ -157,7 +158,7 @@ class _Run:
             self.committer.reopen()
         else:
             rules.check_errors(before, self.spec.run, self.plan.num_rows)
-        with local_ray(_cpus_to_offer(self.spec.cluster), self.dashboard) as local:
+        with self._ray() as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")
             num_done = 0 if backlog.is_retry else len(done)
@@ -188,6 +189,12 @@ class _Run:
             **facts,
         )
 
+    def _ray(self) -> AbstractContextManager[LocalRay]:
+        cluster = self.spec.cluster
+        if cluster.address is not None:
+            return attached_ray(cluster.address)
+        return local_ray(cpus_to_offer(cluster), self.dashboard)
+
     def _coordinate(
         self,
         interrupts: Interrupts,
@@ -198,13 +205,14 @@ class _Run:
         before: ChunkStats,
     ) -> Coordinator:
         """Run the coordinator on a fleet that ends with it."""
-        resources = replica_resources(self.spec.cluster, _offered())
+        resources = replica_resources(self.spec.cluster, offered())
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
         build = self.build or partial(_load, *job, resources.num_threads)
         fleet = Fleet(
-            namespace=self.plan.run_id,
+            # Of this run alone: replicas of a driver that was killed may still be ending.
+            namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",
             size=self.spec.cluster.replicas,
             resources=resources,
             arguments=(build, self.spec, small_plan, self.store.text),
@@ -253,6 +261,9 @@ class _Run:
         }
         rules.check_errors(totals, self.spec.run, self.plan.num_rows)
         is_done = self.retry is None or chunks_before == len(self.plan.chunks)
+        if not is_done:
+            left = len(self.plan.chunks) - chunks_before
+            self.on_message(f"{left} chunks of the job are still to do; `submit` goes on with them")
         success = self.committer.finish(run_info) if is_done else {}
         self.events.write(
             "job_finished",
@@ -290,48 +301,6 @@ class _Run:
         self.events.write(
             event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
         )
-
-
-def replica_resources(cluster: ClusterSpec, offered: dict[str, float]) -> Resources:
-    """What each replica asks of Ray; `auto` shares out what there is.
-
-    CPUs: an equal share in whole cores, one at least. GPUs: one each; replicas share where there
-    are fewer GPUs than replicas; none where there is none.
-
-    Args:
-        cluster: what the job says.
-        offered: Ray's resources, `CPU` and `GPU` among them.
-
-    Raises:
-        UsageError: the job asks for more than there is, so that a replica would wait for ever.
-    """
-    cpus, gpus = offered.get("CPU", 0.0), offered.get("GPU", 0.0)
-    if cluster.cpus_per_replica == "auto":
-        num_cpus = max(1.0, float(cpus // cluster.replicas))
-    else:
-        num_cpus = cluster.cpus_per_replica
-    if cluster.gpus_per_replica == "auto":
-        num_gpus = min(1.0, gpus / cluster.replicas)
-    else:
-        num_gpus = cluster.gpus_per_replica
-    for name, each, there in (("cpus", num_cpus, cpus), ("gpus", num_gpus, gpus)):
-        if each * cluster.replicas > there + 1e-6:
-            raise UsageError(
-                f"cluster.{name}_per_replica: found {each:g} for each of {cluster.replicas} "
-                f"replicas; allowed: {there:g} in all, which is what Ray has here"
-            )
-    return Resources(num_cpus=num_cpus, num_gpus=num_gpus)
-
-
-def _cpus_to_offer(cluster: ClusterSpec) -> int:
-    """Logical CPUs of a local Ray: this process's cores, and more where the job asks for more."""
-    each = 1.0 if cluster.cpus_per_replica == "auto" else cluster.cpus_per_replica
-    return max(len(os.sched_getaffinity(0)), math.ceil(cluster.replicas * each))
-
-
-def _offered() -> dict[str, float]:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources
 
 
 def _load(

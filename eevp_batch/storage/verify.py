@@ -12,17 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from eevp_batch.errors import JobFailedError
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.commit_record import CommittedChunk, patch_counts, read_committed
 from eevp_batch.storage.fingerprint import fingerprint_of
 from eevp_batch.storage.ids import ids_digest
+from eevp_batch.storage.part_file import PartFile
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
-from eevp_batch.storage.schema import error_schema, part_differences, schema_differences
 from eevp_batch.storage.store import Store
 
 _NAMED_CHUNKS = 10
@@ -159,7 +156,7 @@ def _check_chunk(
 ) -> Iterator[str]:
     """Read a chunk's parts, count them in the report, and yield what is wrong with them."""
     data = [
-        _Part.read(store, attempt.data_path, attempt.data_sha256)
+        PartFile.read(store, attempt.data_path, attempt.data_sha256)
         for attempt in found.attempts
         if attempt.data_path is not None
     ]
@@ -167,7 +164,7 @@ def _check_chunk(
     errors = (
         []
         if last.errors_path is None
-        else [_Part.read(store, last.errors_path, last.errors_sha256)]
+        else [PartFile.read(store, last.errors_path, last.errors_sha256)]
     )
     for part in (*data, *errors):
         yield from part.problems
@@ -186,77 +183,12 @@ def _check_chunk(
         yield from _content_problems(plan, chunk, found, data, errors, report)
 
 
-@dataclass
-class _Part:
-    """One published file, read whole: a part holds one chunk."""
-
-    rel: str
-    content: bytes | None = None
-    table: Any = None
-    problems: list[str] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, store: Store, rel: str, sha256: str | None) -> _Part:
-        """Read, check and decode one file; what is wrong with it goes into `problems`."""
-        part = cls(rel)
-        try:
-            part.content = store.read(rel)
-        except FileNotFoundError:
-            part.problems.append(f"{rel}: the file is missing")
-            return part
-        except OSError as error:
-            part.problems.append(f"{rel}: cannot be read: {error}")
-            return part
-        if hashlib.sha256(part.content).hexdigest() != sha256:
-            part.problems.append(
-                f"{rel}: the checksum is not the recorded one; the file was altered"
-            )
-        try:
-            part.table = pq.read_table(pa.BufferReader(part.content))
-            part.table.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
-            part.problems.append(f"{rel}: not a readable Parquet file: {error}")
-            part.table = None
-        return part
-
-    @property
-    def checksum_line(self) -> bytes:
-        if self.content is None:
-            return b""
-        return f"{hashlib.sha256(self.content).hexdigest()}  {self.rel}\n".encode()
-
-    @property
-    def has_columns(self) -> bool:
-        return self.table is not None and "row_id" in self.table.column_names
-
-    def column(self, name: str) -> list[Any]:
-        """A column's values; empty where the file is unreadable or has no such column."""
-        if self.table is None or name not in self.table.column_names:
-            return []
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
-
-    def schema_problems(self, plan: Plan, first: Any, is_data: bool) -> Iterator[str]:
-        """What tells the columns and metadata from the planned ones and from the first part's."""
-        found = self.table.schema
-        if is_data:
-            differences = part_differences(
-                found, plan.kept_columns, plan.id_type, plan.extras, plan.metadata
-            )
-        else:
-            differences = schema_differences(found, error_schema(plan.id_type, plan.metadata))
-        for difference in differences:
-            yield f"{self.rel}: {difference}"
-        if not found.equals(first, check_metadata=False):
-            yield f"{self.rel}: the columns differ from those of the first part"
-
-
 def _content_problems(
     plan: Plan,
     chunk: Chunk,
     found: CommittedChunk,
-    data: list[_Part],
-    errors: list[_Part],
+    data: list[PartFile],
+    errors: list[PartFile],
     report: VerifyReport,
 ) -> Iterator[str]:
     """Count a chunk's rows and samples in the report, and yield what does not add up."""
@@ -281,7 +213,7 @@ def _content_problems(
         yield f"{names}: the generated tokens are not those that the commit record counts"
 
 
-def _column(parts: list[_Part], name: str) -> list[Any]:
+def _column(parts: list[PartFile], name: str) -> list[Any]:
     return [value for part in parts for value in part.column(name)]
 
 

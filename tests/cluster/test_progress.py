@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from eevp_batch.cluster.engine_loop import LoopProgress
-from eevp_batch.cluster.jobs import replica_resources
 from eevp_batch.cluster.progress import Meter
+from eevp_batch.cluster.resources import replica_resources
 from eevp_batch.errors import UsageError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec
@@ -52,7 +52,7 @@ def test_the_window_forgets_what_is_long_ago() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "offered", "cpus", "gpus"),
+    ("settings", "nodes", "cpus", "gpus"),
     [
         ({"replicas": 2}, {"CPU": 5.0}, 2.0, 0.0),
         ({"replicas": 4}, {"CPU": 4.0, "GPU": 4.0}, 1.0, 1.0),
@@ -60,11 +60,21 @@ def test_the_window_forgets_what_is_long_ago() -> None:
         ({"replicas": 1}, {"CPU": 8.0, "GPU": 8.0}, 8.0, 1.0),
         ({"replicas": 1, "gpus_per_replica": 2}, {"CPU": 8.0, "GPU": 2.0}, 8.0, 2.0),
         ({"replicas": 2, "cpus_per_replica": 0.5}, {"CPU": 1.0}, 0.5, 0.0),
+        ({"replicas": 3}, {"CPU": 8.0, "GPU": 2.0}, 2.0, 0.5),
+        ({"replicas": 1}, [{"CPU": 4.0}, {"CPU": 2.0}, {}], 4.0, 0.0),
+        ({"replicas": 3}, [{"CPU": 4.0}, {"CPU": 3.0}, {}], 2.0, 0.0),
+        ({"replicas": 9, "address": "auto"}, [{"CPU": 4.0}, {"CPU": 2.0}], 1.0, 0.0),
+        ({"replicas": 2, "gpus_per_replica": 8, "address": "auto"}, [{"CPU": 4.0}], 2.0, 8.0),
     ],
 )
 def test_auto_shares_out_what_there_is(
-    settings: dict[str, float], offered: dict[str, float], cpus: float, gpus: float
+    settings: dict[str, float],
+    nodes: dict[str, float] | list[dict[str, float]],
+    cpus: float,
+    gpus: float,
 ) -> None:
+    """A replica stands on one node, whatever all of them have together."""
+    offered = nodes if isinstance(nodes, list) else [nodes]
     resources = replica_resources(ClusterSpec.model_validate(settings), offered)
     assert (resources.num_cpus, resources.num_gpus) == (cpus, gpus)
     assert resources.num_threads == max(1, int(cpus))
@@ -74,4 +84,4 @@ def test_asking_for_more_than_there_is_fails_before_anything_waits_for_it() -> N
     for settings in ({"gpus_per_replica": 1}, {"cpus_per_replica": 9}):
         spec = ClusterSpec.model_validate({"replicas": 2, **settings})
         with pytest.raises(UsageError, match="per_replica"):
-            replica_resources(spec, {"CPU": 16.0, "GPU": 1.0})
+            replica_resources(spec, [{"CPU": 16.0, "GPU": 1.0}])

@@ -152,7 +152,7 @@ class RunSpec(Section):
     chunk_rows: Count = 256
     """Rows that are leased, retried and committed together."""
     max_attempts: Count = 3
-    """How often a row that fails is tried before it becomes an error row."""
+    """Deaths of replicas that hold one row alone until it becomes an error row; at least two."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of error rows above which the job ends with exit code 3."""
     max_errors: Annotated[int, Field(ge=0)] | None = None

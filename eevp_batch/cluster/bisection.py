@@ -8,9 +8,11 @@ span of rows that comes through is kept as a *piece*, and its rows never run aga
 aside, as an error row, once replicas that held that one row and nothing else have died
 `row_deaths` times in a row. So deaths that have nothing to do with a row cost time, not rows: to
 lose one, the same accident has to meet it alone each time. At the end all pieces and the error
-rows of a chunk are committed as the one part that was planned.
+rows of a chunk are committed as the one part that was planned; where a run ends before that, the
+next one begins with the whole chunk.
 
-Bounds, for a chunk of n rows of which k kill (A = `row_deaths`):
+Bounds within one run, where replicas die of nothing else, for a chunk of n rows of which k kill
+(A = `row_deaths`):
 
 - deaths: at most SUSPECT_AFTER + k (ceil(log2 n) + A);
 - runs of a row that does not kill: at most SUSPECT_AFTER + ceil(log2 n) + 1;

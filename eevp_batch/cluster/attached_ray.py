@@ -21,7 +21,8 @@ _CONNECT_S = 10.0
 def attached_ray(address: str) -> Iterator[LocalRay]:
     """Join a cluster for the block, or use what this process is connected to already.
 
-    Its processes are nobody's to end here: only the replicas that the block starts end with it, or with this process, however that ends.
+    Its processes are nobody's to end here: only the replicas that the block starts end with it, or
+    with this process, however that ends.
 
     Args:
         address: `auto`, or host and port of its head; a node of it runs on this machine.

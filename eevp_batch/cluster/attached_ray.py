@@ -19,9 +19,10 @@ _CONNECT_S = 10.0
 
 @contextlib.contextmanager
 def attached_ray(address: str) -> Iterator[LocalRay]:
-    """Join a cluster for the block. Its processes are nobody's to end here.
+    """Join a cluster for the block, or use what this process is connected to already.
 
-    Only the replicas that the block starts end with it, or with this process, however that ends.
+    Its processes are nobody's to end here: only the replicas that the block starts end with it, or
+    with this process, however that ends.
 
     Args:
         address: `auto`, or host and port of its head; a node of it runs on this machine.
@@ -29,10 +30,10 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
     Raises:
         ClusterError: it cannot be reached, or it refused us.
     """
+    found = _checked(address)
     if ray.is_initialized():
         yield LocalRay(logs=current_logs())
         return
-    found = _checked(address)
     be_quiet()
     try:
         ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)

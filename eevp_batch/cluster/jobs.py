@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -105,8 +105,11 @@ def run_job(
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
         retry=retry,
     )
-    with run.committer.lock(), Interrupts() as interrupts:
-        return run.run(interrupts)
+    try:
+        with run.committer.lock(), Interrupts() as interrupts:
+            return run.run(interrupts)
+    except OSError as error:
+        raise JobFailedError(f"{store.text}: {error}") from error
 
 
 class _Run:
@@ -143,7 +146,7 @@ class _Run:
             raise
         except OSError as error:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
-            raise JobFailedError(f"{self.store.text}: {error}") from error
+            raise
 
     def _run(self, interrupts: Interrupts) -> JobResult:
         self.committer.clean_attempts()
@@ -298,9 +301,10 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        self.events.write(
-            event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
-        )
+        with suppress(OSError):  # that storage takes no more may be why it ends
+            self.events.write(
+                event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
+            )
 
 
 def _load(

@@ -8,6 +8,7 @@ at a time; one thread runs the engine, two others read, encode and write beside 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 import traceback
@@ -43,6 +44,7 @@ from eevp_batch.storage.store import Store
 __all__ = ["Replica", "ReplicaReady", "RowEncoder", "RowEngine"]
 
 _IO_THREADS = 2
+_STORAGE_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,8 @@ def _text(error: Exception) -> str:
 
 def _told(error: Exception, where: str) -> JobFailedError:
     """The error as one that crosses Ray whole: a single text. A bug brings its traceback along."""
-    if isinstance(error, EevpError):
+    refuses = isinstance(error, OSError) and error.errno in _STORAGE_REFUSES
+    if refuses or isinstance(error, EevpError):
         return JobFailedError(f"{where}: {_text(error)}")
     origin = "".join(traceback.format_exception(error)).rstrip()
     return JobFailedError(f"{where}: {_text(error)}\n{origin}")

@@ -315,6 +315,6 @@ def test_too_many_errors_end_with_3(job: Path) -> None:
     assert "a higher limit" in done.stderr, "the user is not told how to go on"
     retry = ("retry-errors", job.parent / "out", "--class", "NoSuchError")
     assert invoke(*retry, "--set", "run.max_error_rate=0.05").exit_code == 3
-    again = invoke(*retry, "--set", "run.max_errors=2")
+    again = invoke(*retry, "--set", "run.max_error_rate=0.2")
     assert again.exit_code == 0 and "2 in error" in again.stdout, again.stderr
     assert invoke(*retry, "--set", "sampling.seed=1").exit_code == 4

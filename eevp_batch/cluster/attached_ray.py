@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
 from eevp_batch.errors import ClusterError
@@ -58,5 +58,7 @@ def _checked(address: str) -> str:
 
 def _unreachable(address: str, error: Exception) -> ClusterError:
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    verb = "refused us" if isinstance(error, AuthenticationError) else "cannot be joined"
+    # Not every Ray that will do has the class.
+    is_refusal = type(error).__name__ == "AuthenticationError"
+    verb = "refused us" if is_refusal else "cannot be joined"
     return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {said}")

@@ -19,9 +19,11 @@ import pytest
 import ray
 
 from eevp_batch.cluster.attached_ray import attached_ray
+from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.fleet import Resources, Slot
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.local_ray import LocalRay
+from eevp_batch.cluster.news import memory_shortage
 from eevp_batch.cluster.progress import Progress
 from eevp_batch.cluster.stall import StallWatch, describe
 from eevp_batch.cluster.watchdog import EXIT_CODE
@@ -118,6 +120,20 @@ def test_a_replica_that_ray_cannot_start_is_named(shared_ray: LocalRay, tmp_path
     finally:
         ray.kill(actor)
     assert "1 CPUs and 0 GPUs" in str(found.value)
+
+
+@pytest.mark.ray
+def test_a_shortage_of_memory_is_told_once(shared_ray: LocalRay, tmp_path: Path) -> None:
+    job = make_job(tmp_path, replicas=1)
+    result = job.run(Script(shortages=2, step_s=0.02, max_resident=2))
+    assert result.recoveries.memory_shortages == 2
+    (event,) = job.events("memory_shortage")
+    assert (event["replica"], event["steps"], event["max_resident"]) == ("eevp-replica-0", 2, 2)
+    assert sum("ran out of memory" in message for message in job.messages) == 1
+    before, now = LoopProgress(shortages=1), LoopProgress(shortages=4, max_resident=48)
+    told = memory_shortage("r", before, now)
+    assert told is not None and told.fields["steps"] == 3, "what was told is not told again"
+    assert memory_shortage("r", now, now) is None
 
 
 def test_what_moves_is_not_stuck_and_a_pause_is_not_a_stall() -> None:

@@ -317,4 +317,5 @@ def test_too_many_errors_end_with_3(job: Path) -> None:
     assert invoke(*retry, "--set", "run.max_error_rate=0.05").exit_code == 3
     again = invoke(*retry, "--set", "run.max_error_rate=0.2")
     assert again.exit_code == 0 and "2 in error" in again.stdout, again.stderr
+    assert "no row in error of class NoSuchError" in again.stderr
     assert invoke(*retry, "--set", "sampling.seed=1").exit_code == 4

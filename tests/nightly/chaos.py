@@ -62,12 +62,12 @@ class Done:
     """What the killer has done.
 
     Attributes:
-        replicas: names of those whose process was killed.
+        replicas: ids of the processes of those that were killed.
         nodes: ids of the raylets that were killed.
         drivers: exit codes of those that were killed.
     """
 
-    replicas: list[str] = field(default_factory=list)
+    replicas: list[int] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
     drivers: list[int] = field(default_factory=list)
 
@@ -195,7 +195,7 @@ class Chaos:
             return False
         victim = self._rng.choice(living)
         os.kill(victim["pid"], signal.SIGKILL)
-        self.done.replicas.append(victim["replica"])
+        self.done.replicas.append(victim["pid"])
         return True
 
     def _kill_raylet(self) -> bool:
@@ -223,14 +223,19 @@ def recoveries(out: Path, done: Done) -> dict[str, int]:
     """What the event log says was put right, by what had been killed."""
     log = events(out)
     counts: Counter[str] = Counter()
-    nodes: dict[str, str] = {}
+    working: dict[str, dict[str, Any]] = {}
     for event in log:
         if event["event"] == "replica_ready":
-            nodes[event["replica"]] = event["node_id"]
+            working[event["replica"]] = event
         elif event["event"] == "replica_dead":
-            by_raylet = nodes.get(event["replica"]) in done.nodes
-            counts["replicas replaced after their raylet died"] += by_raylet
-            counts["replicas replaced after their process died"] += not by_raylet
+            ready = working.pop(event["replica"], None)
+            if ready is None:
+                cause = "it had not come up yet"
+            elif ready["pid"] in done.replicas:
+                cause = "its process was killed"
+            else:
+                cause = "its raylet was killed" if ready["node_id"] in done.nodes else "unknown"
+            counts[f"replicas replaced: {cause}"] += 1
             counts["chunks leased again"] += len(event["chunks"])
         elif event["event"] == "job_resumed":
             counts["drivers that went on"] += 1
@@ -244,7 +249,7 @@ def check(out: Path, undisturbed: Path, num_rows: int, done: Done) -> dict[str, 
     assert found["drivers that went on"] == DRIVER_KILLS, "each was followed by one that went on"
     assert done.replicas and done.nodes, "replicas and raylets were killed"
     for kind in ("process", "raylet"):
-        assert found[f"replicas replaced after their {kind} died"] > 0, f"no {kind} was recovered"
+        assert found[f"replicas replaced: its {kind} was killed"] > 0, f"no {kind} was recovered"
     assert found["chunks leased again"] > 0, "they died with work under way"
     expected = {row["row_id"]: row for row in read_rows(undisturbed)}
     rows = read_rows(out)

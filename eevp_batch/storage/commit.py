@@ -24,6 +24,8 @@ from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store, is_temporary
 from eevp_batch.storage.verify import verify_parts
 
+_FOLDERS = (layout.DATA_DIR, layout.ERRORS_DIR, layout.COMMITS_DIR, layout.META_DIR)
+
 
 class Committer:
     """Commits attempts to one output folder. Only the coordinator has one."""
@@ -92,18 +94,17 @@ class Committer:
         written, and a `_SUCCESS` that no longer holds because a chunk lacks its record.
         """
         done = self.committed()
-        for name in self.store.list(layout.ATTEMPTS_DIR):
-            self.store.delete(f"{layout.ATTEMPTS_DIR}/{name}", missing_ok=True)
-        for folder in (layout.DATA_DIR, layout.ERRORS_DIR, layout.COMMITS_DIR, layout.META_DIR):
+        self._remove_attempts()
+        for folder in ("", *_FOLDERS):
             for name in self.store.names(folder):
                 chunk_id = layout.part_chunk_id(name)
                 if is_temporary(name) or (chunk_id is not None and chunk_id not in done):
-                    self.store.delete(f"{folder}/{name}", missing_ok=True)
+                    self.store.delete(f"{folder}/{name}".lstrip("/"), missing_ok=True)
         if len(done) < len(self.plan.chunks):
             self.store.delete(layout.SUCCESS, missing_ok=True)
 
     def finish(self, run_info: dict[str, Any]) -> dict[str, Any]:
-        """Verify the whole output and write `_SUCCESS`, last of all.
+        """Verify the whole output and write `_SUCCESS`, last of all; call it without replicas.
 
         Args:
             run_info: what the run wants to leave beside the counts; JSON types.
@@ -114,6 +115,7 @@ class Committer:
         Raises:
             VerifyFailedError: a row is not accounted for, or a part is damaged.
         """
+        self._remove_attempts()
         report = verify_parts(self.store, self.plan)
         if report.problems:
             raise VerifyFailedError(self.store.text, report.problems)
@@ -144,6 +146,11 @@ class Committer:
             self.store.publish(path, part)
         elif not self.store.exists(part) or self.store.sha256(part) != sha256:
             raise JobFailedError(f"{self.store.text}: attempt file {path} is gone")
+
+    def _remove_attempts(self) -> None:
+        """Remove what dead replicas began or nobody took."""
+        for name in self.store.list(layout.ATTEMPTS_DIR):
+            self.store.delete(f"{layout.ATTEMPTS_DIR}/{name}", missing_ok=True)
 
     def _discard(self, attempt: Attempt) -> None:
         for path in attempt.paths:

@@ -29,6 +29,7 @@ from eevp_batch.spec import ClusterSpec, JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.plan import Plan
+from eevp_batch.storage.repair import set_damage_aside
 from eevp_batch.storage.store import Store
 
 
@@ -64,6 +65,7 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     on_message: Callable[[str], None] | None = None,
     dashboard: bool | None = None,
+    repairs: bool = False,
 ) -> JobResult:
     """Generate for every chunk of the plan that is not committed yet, verify, write `_SUCCESS`.
 
@@ -77,6 +79,7 @@ def run_job(
         on_message: told what a person wants to know as it happens; prints to stderr by default.
         dashboard: whether a local Ray serves its dashboard; by default unless the environment has
             EEVP_DASHBOARD=0.
+        repairs: whether chunks whose parts or records are damaged are done again.
 
     Raises:
         JobInterruptedError: SIGINT or SIGTERM; what is committed stays, running again resumes.
@@ -94,6 +97,7 @@ def run_job(
         on_progress=on_progress or (lambda progress: None),
         on_message=on_message or _print_message,
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
+        repairs=repairs,
     )
     with run.committer.lock(), Interrupts() as interrupts:
         return run.run(interrupts)
@@ -112,9 +116,10 @@ class _Run:
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
         dashboard: bool,
+        repairs: bool,
     ) -> None:
         self.spec, self.model, self.plan, self.store = spec, model, plan, store
-        self.build, self.dashboard = build, dashboard
+        self.build, self.dashboard, self.repairs = build, dashboard, repairs
         self.on_progress, self.on_message = on_progress, on_message
         self.committer = Committer(store, plan)
         self.events = EventLog(store)
@@ -134,7 +139,20 @@ class _Run:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
             raise JobFailedError(f"{self.store.text}: {error}") from error
 
+    def _repair(self) -> None:
+        """Set damaged chunks aside, and say which and why."""
+        count = 0
+        for found in set_damage_aside(self.store, self.plan):
+            count += 1
+            fields = {"problems": found.problems, "records": found.records}
+            self.events.write("chunk_set_aside", chunk_id=found.chunk_id, **fields)
+            self.on_message(f"repair: {found.text}")
+        if not count:
+            self.on_message("repair: no chunk is damaged")
+
     def _run(self, interrupts: Interrupts) -> JobResult:
+        if self.repairs:
+            self._repair()
         self.committer.clean_attempts()
         clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()

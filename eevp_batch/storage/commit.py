@@ -90,9 +90,13 @@ class Committer:
     def clean_attempts(self) -> None:
         """Remove what an earlier run left without a record; call it once, before the first lease.
 
+        What it left with a record is made durable first: it may have been killed before that.
+
         That is every attempt, every temporary file, every published part whose record was never
         written, and a `_SUCCESS` that no longer holds because a chunk lacks its record.
         """
+        for folder in (*_FOLDERS, layout.LEARNED_DIR):
+            self.store.settle(folder)
         done = self.committed()
         self._remove_attempts()
         for folder in ("", *_FOLDERS):

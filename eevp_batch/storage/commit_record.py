@@ -68,4 +68,4 @@ def read_record(store: Store, chunk_id: int) -> CommitRecord | None:
     try:
         return CommitRecord.from_json(text)
     except JobFailedError as error:
-        raise JobFailedError(f"{rel}: {error}") from error
+        raise JobFailedError(f"{rel}: {error}; submit --repair does the chunk again") from error

@@ -18,6 +18,7 @@ ERRORS_DIR = "errors"
 COMMITS_DIR = "_eevp/commits"
 ATTEMPTS_DIR = "_eevp/attempts"
 LEARNED_DIR = "_eevp/learned"
+SET_ASIDE_DIR = "_eevp/set_aside"
 
 _RECORD_NAME = re.compile(r"(\d{5,})\.json")
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")

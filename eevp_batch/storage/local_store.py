@@ -67,6 +67,24 @@ class LocalStore(Store):
         os.replace(self.path(src), self.path(dst))
         _sync(os.path.dirname(self.path(dst)))
 
+    def delete(self, rel: str, missing_ok: bool = False) -> None:
+        """See `Store.delete`; synced, for a power cut must not bring back what was taken back."""
+        try:
+            os.unlink(self.path(rel))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise FileNotFoundError(f"{self.text}: no file {rel}") from None
+        else:
+            _sync(os.path.dirname(self.path(rel)))
+
+    def settle(self, rel_dir: str) -> None:
+        """See `Store.settle`."""
+        path = self.path(rel_dir)
+        if os.path.isdir(path):
+            with contextlib.suppress(PermissionError):  # a parent that we may only pass through
+                _sync(os.path.dirname(path))
+            _sync(path)
+
     def read_lines(self, rel: str) -> Iterator[str]:
         """See `Store.read_lines`."""
         if not self.exists(rel):

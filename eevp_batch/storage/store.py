@@ -171,6 +171,13 @@ class Store:
         name = f"{time.time_ns():020d}-{self._num_appended:06d}-{os.getpid()}"
         self._put_line(f"{rel}.d/{name}", text)
 
+    def settle(self, rel_dir: str) -> None:
+        """Make what stands in a folder durable, whoever wrote it; here it is so already.
+
+        A writer that was killed may not have come to that, and a power cut could still take back
+        what its successor has seen and gone on from.
+        """
+
     @contextlib.contextmanager
     def lock(self, rel: str) -> Iterator[None]:
         """Hold `rel` against other processes; object stores have no locks, so nothing is held."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class VerifyReport:
         rows_ok, rows_error: rows found in readable parts of committed chunks.
         data_parts, errors_parts: published files that were read.
         totals: the counters of all commit records.
+        damaged: the problems of each chunk that has a record, or a part without one.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -48,8 +49,15 @@ class VerifyReport:
     data_parts: int = 0
     errors_parts: int = 0
     totals: ChunkStats = field(default_factory=ChunkStats)
+    damaged: dict[int, list[str]] = field(default_factory=dict)
     data_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
     errors_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
+
+    def add(self, chunk_id: int, problems: Iterable[str]) -> None:
+        """Take in what is wrong with one chunk."""
+        for problem in problems:
+            self.problems.append(problem)
+            self.damaged.setdefault(chunk_id, []).append(problem)
 
     @property
     def parts(self) -> int:
@@ -100,7 +108,7 @@ def verify_parts(store: Store, plan: Plan) -> VerifyReport:
         try:
             record = read_record(store, chunk.chunk_id)
         except JobFailedError as error:
-            report.problems.append(str(error))
+            report.add(chunk.chunk_id, [str(error)])
             continue
         if record is None:
             missing.append(chunk)
@@ -108,12 +116,13 @@ def verify_parts(store: Store, plan: Plan) -> VerifyReport:
         published[layout.DATA_DIR][chunk.chunk_id] = record.attempt.data_path is not None
         published[layout.ERRORS_DIR][chunk.chunk_id] = record.attempt.errors_path is not None
         report.totals += record.attempt.stats
-        report.problems += _record_problems(record, plan, chunk)
-        report.problems += _check_chunk(store, plan, chunk, record.attempt, report, kinds)
+        report.add(chunk.chunk_id, _record_problems(record, plan, chunk))
+        found = _check_chunk(store, plan, chunk, record.attempt, report, kinds)
+        report.add(chunk.chunk_id, found)
     report.problems += _missing_problems(missing, len(plan.chunks))
-    report.problems += _stray_problems(store, plan, published)
-    found = report.rows_ok + report.rows_error
-    if found != plan.num_rows:
+    _add_strays(report, store, plan, published)
+    num_found = report.rows_ok + report.rows_error
+    if num_found != plan.num_rows:
         report.problems.append(
             f"{layout.PLAN}: {plan.num_rows} rows in, but {report.rows_ok} rows ok and "
             f"{report.rows_error} rows in error"
@@ -170,7 +179,10 @@ def _check_chunk(
         report.errors_checksum.update(errors.checksum_line)
     for part in (data, errors):
         if part is not None and part.table is not None:
-            first = kinds.setdefault("data" if part is data else "errors", part.table.schema)
+            kind = "data" if part is data else "errors"
+            if not part.problems:
+                kinds.setdefault(kind, part.table.schema)
+            first = kinds.get(kind, part.table.schema)
             yield from part.schema_problems(plan, first, is_data=part is data)
     if any(part is not None and not part.has_columns for part in (data, errors)):
         return
@@ -280,17 +292,25 @@ def _missing_problems(missing: list[Chunk], total: int) -> Iterator[str]:
         yield f"{len(missing)} of {total} chunks have no commit record: {names}{more}"
 
 
-def _stray_problems(store: Store, plan: Plan, published: dict[str, bytearray]) -> Iterator[str]:
+def _add_strays(
+    report: VerifyReport, store: Store, plan: Plan, published: dict[str, bytearray]
+) -> None:
     """Files that a reader of the folder would take for output, but that no record names."""
     for folder, flags in published.items():
         for name in store.list(folder):
             chunk_id = layout.part_chunk_id(name)
-            known = chunk_id is not None and chunk_id < len(flags) and flags[chunk_id]
-            if name[0] not in "._" and not known:
-                yield f"{folder}/{name}: no commit record names this file"
+            is_planned = chunk_id is not None and chunk_id < len(flags)
+            if name[0] in "._" or (is_planned and flags[chunk_id]):
+                continue
+            problem = f"{folder}/{name}: no commit record names this file"
+            if is_planned:
+                report.add(chunk_id, [problem])
+            else:
+                report.problems.append(problem)
     for chunk_id in sorted(committed_chunks(store)):
         if chunk_id >= len(plan.chunks):
-            yield f"{layout.commit_record(chunk_id)}: the plan has no such chunk"
+            problem = f"{layout.commit_record(chunk_id)}: the plan has no such chunk"
+            report.add(chunk_id, [problem])
 
 
 def _success_problems(store: Store, summary: dict[str, Any]) -> Iterator[str]:

@@ -80,6 +80,16 @@ class Disk:
         else:
             self._settle(self._pending.pop(path, []))
 
+    def adopt(self) -> None:
+        """Take all that is there now as durable, whoever made it."""
+        self._pending.clear()
+        folders: list[str] = []
+        files: dict[str, bytes] = {}
+        for folder, _, names in os.walk(self.root):
+            folders.append(folder)
+            files |= {path: _read(path) for path in (f"{folder}/{name}" for name in names)}
+        self._know(folders, files)
+
     def lose(self, chance: random.Random) -> None:
         """The power goes and comes back: make the folder what may be left of it."""
         for changes in self._pending.values():
@@ -105,6 +115,9 @@ class Disk:
         for path, content in files.items():
             with open(path, "wb") as file:
                 file.write(content)
+        self._know(folders, files)
+
+    def _know(self, folders: list[str], files: dict[str, bytes]) -> None:
         self._files = {path: File(synced=content) for path, content in files.items()}
         self._durable = {**dict.fromkeys(folders, FOLDER), **self._files}
 

@@ -20,7 +20,7 @@ from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.commit_record import committed_chunks, read_record
 from eevp_batch.storage.plan import make_plan, open_plan
-from eevp_batch.storage.status import read_status
+from eevp_batch.storage.status import read_events, read_status
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
 from tests.cluster.jobs import MODEL
@@ -124,19 +124,22 @@ class Job:
         self.chance = random.Random(seed)
         self.zombies = Zombies(machine, self.chance)
         self.settled: set[int] = set()
+        self.repairs = False
+        self.messages: list[str] = []
         self.runs = 0
 
     def run(self, crashes: Sequence[Crash] = ()) -> bool:
         """Give the command once; whether it came to its end."""
         self.machine.boot(crashes)
         self.runs += 1
-        is_done = False
+        is_done, earlier = False, self._recorded_and_told()
         with self.watch.interposed():
             try:
                 with self.machine.acting_as(Process("coordinator")):
                     is_done = self._command()
             except Died:
                 pass
+        self._settle(*earlier)
         if self.machine.is_down:
             self.watch.lose_power(self.chance)
             self.zombies.lose_power()
@@ -154,7 +157,8 @@ class Job:
                     MODEL,
                     plan,
                     store,
-                    on_message=lambda text: None,
+                    on_message=self.messages.append,
+                    repairs=self.repairs,
                 )
             except JobFailedError as error:
                 if "replicas died" not in str(error) and "in a row died" not in str(error):
@@ -162,16 +166,32 @@ class Job:
                 return False
         return True
 
+    def _recorded_and_told(self) -> tuple[set[int], int]:
+        store = self.watch.plain()
+        return committed_chunks(store), len(list(read_events(store)))
+
+    def _settle(self, recorded: set[int], num_told: int) -> None:
+        """What a run has gone on from, or has told to be committed, has to stay."""
+        told = list(read_events(self.watch.plain()))[num_told:]
+        if any(event["event"] in ("job_started", "job_resumed") for event in told):
+            self.settled |= recorded
+        self.settled |= {e["chunk_id"] for e in told if e["event"] == "chunk_committed"}
+
     def check(self) -> None:
-        """Whatever happened: what a record vouches for is there and stays, status can be read."""
+        """Whatever happened: what a record vouches for is there and stays, status can be read.
+
+        A job that is being repaired may be damaged until it is done.
+        """
+        if self.repairs:
+            return
         store = self.watch.plain()
         if not store.exists(layout.PLAN):
+            assert not self.settled, "a plan that was gone on from is not there any more"
             return
         read_status(store)
         done = committed_chunks(store)
         lost = self.settled - done
         assert not lost, f"chunks {sorted(lost)} were committed once and are not any more"
-        self.settled = done
         for chunk_id in done:
             record = read_record(store, chunk_id)
             assert record is not None

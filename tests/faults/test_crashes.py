@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from eevp_batch.storage import local_store
+from eevp_batch.errors import EevpError
+from eevp_batch.storage import layout, local_store
+from eevp_batch.storage.attempts import Attempt
+from eevp_batch.storage.commit import Committer
+from eevp_batch.storage.commit_record import CommitRecord
 from eevp_batch.storage.local_store import LocalStore
 from eevp_batch.storage.store import Store
 from tests.faults.any_store import WatchedStore
@@ -33,6 +37,8 @@ EVERYTHING = Setting(
     failing=frozenset({0, 1, 2, 7}),
     empty=frozenset({4}),
 )
+
+SMALL = Setting(files=(3, 2), chunk_rows=2, failing=frozenset({0, 4}))
 
 STEPS = ("create", "in write", "write", "fsync", "unlink")
 WHOLE = tuple(f"{step} temporary" for step in STEPS)
@@ -79,19 +85,21 @@ def sweep(
     folder: Path,
     kinds: Sequence[Kind],
     make_watch: Callable[[Machine, Path], Watch] = watch_disk,
+    prepare: Callable[[Job], None] = lambda job: None,
 ) -> Machine:
     """A history for each named point, in which there is a crash; the kinds take turns.
 
     Points that only a run after a crash reaches are found on the way: their histories are those
-    that led there, with one crash more.
+    that led there, with one crash more. `prepare` is done before any crash.
     """
     machine, numbers = Machine(), itertools.count()
 
     def lived(crashes: Sequence[Crash]) -> tuple[Output, list[str]]:
         place = folder / f"history {next(numbers)}"
         place.mkdir()
-        machine.stretches = [[]]
         job = Job(setting, place, machine, watch=make_watch(machine, place))
+        prepare(job)
+        machine.stretches = [[]]
         live(job, crashes)
         return job.output(), machine.stretches[len(crashes)]
 
@@ -110,10 +118,85 @@ def sweep(
     return machine
 
 
-@pytest.mark.parametrize("kinds", [("kill", "power cut"), ("power cut", "kill")], ids=str)
-def test_a_crash_at_every_point_of_the_protocol(tmp_path: Path, kinds: tuple[Kind, ...]) -> None:
-    machine = sweep(EVERYTHING, tmp_path, kinds)
+def test_a_crash_at_every_point_of_the_protocol(tmp_path: Path) -> None:
+    machine = sweep(EVERYTHING, tmp_path, ("kill", "power cut"))
     assert set(machine.crashed) == set(machine.reached), "there was a crash at each point"
     strange = set(machine.crashed) ^ points_of_the_protocol()
     assert not strange, f"the table is not what happens: {sorted(strange)}"
     print(f"{machine.crashed.total()} crashes at {len(machine.crashed)} named points")
+
+
+@pytest.mark.parametrize("kind", ["subtree", "mock"])
+def test_a_crash_around_every_operation_of_a_store_without_a_disk(
+    tmp_path: Path, kind: str
+) -> None:
+    def watch(machine: Machine, folder: Path) -> Watch:
+        store = dict(stores(folder))[kind]
+        return WatchedStore(machine, lambda: Store(store.filesystem, store.root, store.text))
+
+    machine = sweep(SMALL, tmp_path, ("kill",), watch)
+    assert set(machine.crashed) == set(machine.reached), "there was a crash at each point"
+    for change in ("create_exclusive plan", "publish data part", "create_exclusive commit record"):
+        assert {f"before {change}", f"after {change}"} <= set(machine.crashed)
+
+
+def test_drawn_histories_end_as_if_undisturbed(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = draw_histories(40)
+    with capsys.disabled():
+        print(f"\n{tally}")
+    assert tally.histories >= 40 and tally.machine.crashed.total() > 40
+    assert len(tally.machine.kinds) == 3, "processes were killed and lost, and the power went"
+
+
+def test_a_crash_at_every_point_of_a_repair(tmp_path: Path) -> None:
+    def damage(job: Job) -> None:
+        live(job)
+        out = Path(job.watch.plain().text)
+        (out / "data/part-00001.parquet").unlink()
+        (out / "errors/part-00000.parquet").write_bytes(b"rot")
+        (out / "_eevp/commits/00002.json").write_text("{}")
+        job.watch.disk.adopt()
+        job.settled.clear()
+        job.repairs = True
+
+    machine = sweep(SMALL, tmp_path, ("kill", "power cut"), prepare=damage)
+    steps = ("rename to record set aside", "unlink _SUCCESS", "fsync folder _eevp/commits")
+    assert {f"before {step}" for step in steps} <= set(machine.crashed)
+
+
+# --- a protocol that leaves a step out is caught ------------------------------------------------
+
+
+def publish_unsynced(store: LocalStore, src: str, dst: str) -> None:
+    store.ensure_folder(dst)
+    local_store.os.replace(store.path(src), store.path(dst))
+
+
+def create_in_place(store: LocalStore, rel: str, data: bytes) -> None:
+    if store.exists(rel):
+        raise FileExistsError(rel)
+    store._put(rel, data)
+
+
+def record_first(committer: Committer, attempt: Attempt, current_epoch: int) -> CommitRecord:
+    record = committer._record(attempt)
+    text = record.to_json().encode()
+    committer.store.create_exclusive(layout.commit_record(attempt.chunk_id), text)
+    committer._publish(attempt.data_path, layout.data_part(attempt.chunk_id), None)
+    committer._publish(attempt.errors_path, layout.errors_part(attempt.chunk_id), None)
+    return record
+
+
+SABOTAGE: dict[str, tuple[Any, str, Any]] = {
+    "a published name is not synced": (LocalStore, "publish", publish_unsynced),
+    "a content is not synced": (LocalStore, "open_output", Store.open_output),
+    "a record is written in place": (LocalStore, "create_exclusive", create_in_place),
+    "the record comes before its parts": (Committer, "commit", record_first),
+    "nothing is cleaned up": (Committer, "clean_attempts", lambda committer: None),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_protocol_without_one_of_its_steps_is_caught(tmp_path: Path, name: str) -> None:
+    with patch.object(*SABOTAGE[name]), pytest.raises((AssertionError, EevpError, OSError)):
+        sweep(SMALL, tmp_path, ("power cut", "kill"))

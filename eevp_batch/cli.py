@@ -211,9 +211,7 @@ main.add_command(fit)
 main.add_command(calibrate)
 
 
-def _run_job(
-    spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False
-) -> None:
+def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False) -> None:
     """Check, plan, run, sum up; what was done is summed up also where too many rows failed."""
     from eevp_batch.prepare import check_prompts, needs_prompt_check, prepare
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +38,7 @@ class Store:
         self.root = root.rstrip("/")
         self.text = text if text is not None else root
         self._folders: set[str] = set()
-        self._num_appended = 0
+        self._next_line: dict[str, int] = {}
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Store:
@@ -166,10 +165,17 @@ class Store:
         self.filesystem.delete_file(self.path(rel))
 
     def append_line(self, rel: str, text: str) -> None:
-        """Append one line; this store cannot append, so the line is a small file in `rel`.d/."""
-        self._num_appended += 1
-        name = f"{time.time_ns():020d}-{self._num_appended:06d}-{os.getpid()}"
-        self._put_line(f"{rel}.d/{name}", text)
+        """Append one line; this store cannot append, so the line is a small file in `rel`.d/.
+
+        Files are numbered after those that are there: clocks differ, and go back.
+        """
+        folder = f"{rel}.d"
+        if rel not in self._next_line:
+            last = max(self.names(folder), default="")
+            self._next_line[rel] = int(last.partition("-")[0]) + 1 if last else 0
+        name = f"{self._next_line[rel]:020d}-{uuid.uuid4().hex[:8]}"
+        self._next_line[rel] += 1
+        self._put_line(f"{folder}/{name}", text)
 
     def settle(self, rel_dir: str) -> None:
         """Make what stands in a folder durable, whoever wrote it; here it is so already.

@@ -11,6 +11,7 @@ Usage: python -m tests.bench.resume [--records 100000] [--chunks 200] [--folder 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -31,12 +32,12 @@ from eevp_batch.storage.commit import Committer
 from eevp_batch.storage.plan import make_plan, open_plan
 from eevp_batch.storage.store import Store
 from tests.cluster.jobs import MODEL
-from tests.faults.fleet import ScriptedFleet
+from tests.cluster.scripted import Script
+from tests.faults.fleet import Replica, ScriptedFleet, Zombies
 from tests.faults.history import Job, Setting, live, scripted_ray
 from tests.faults.machine import Machine
 
 SHARES = (0.10, 0.25, 0.50, 0.75, 0.90)
-MOST_START_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -155,24 +156,20 @@ def measure(folder: Path) -> dict[str, float]:
     marks.append(("plan_s", time.monotonic()))
     plan = open_plan(store, fresh)
     marks.append(("open_plan_s", time.monotonic()))
-    fleet: Any = lambda size: _FirstLease(Machine(), None, size, _quiet())  # noqa: E731
+    machine = Machine()
+    replica = Replica(lambda: store, plan, spec, Script())
+    zombies = Zombies(machine, random.Random(0))
     try:
-        with scripted_ray(fleet):
+        with scripted_ray(lambda size: _FirstLease(machine, replica, size, zombies)):
             jobs.run_job(spec, MODEL, plan, store, on_message=lambda text: None)
     except _Leased:
         marks.append(("to_first_lease_s", time.monotonic()))
-    found = {name: at - earlier for (_, earlier), (name, at) in zip(marks, marks[1:], strict=False)}
+    found = {name: at - earlier for (_, earlier), (name, at) in itertools.pairwise(marks)}
     totals_from = time.monotonic()
     rows = Committer(store, plan).totals().rows
     found |= {"of_it_totals_s": time.monotonic() - totals_from, "rows": rows}
     found["all_s"] = marks[-1][1] - marks[0][1]
     return {**found, "imports_mib": before_mib, "peak_mib": _peak_mib()}
-
-
-def _quiet() -> Any:
-    from tests.faults.fleet import Zombies
-
-    return Zombies(Machine(), random.Random(0))
 
 
 def _peak_mib() -> float:

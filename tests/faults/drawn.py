@@ -49,10 +49,11 @@ class Tally:
     def __str__(self) -> str:
         machine = self.machine
         kinds = ", ".join(f"{count:,} by {kind}" for kind, count in sorted(machine.kinds.items()))
+        numbers = ", ".join(f"{number}: {count:,}" for number, count in self.crashes.items())
         return (
-            f"{self.histories:,} histories, {self.runs:,} runs of their jobs; by number of crashes: "
-            + ", ".join(f"{number}: {count:,}" for number, count in self.crashes.items())
-            + f"\n{machine.crashed.total():,} crashes ({kinds}) at {len(machine.crashed)} of "
+            f"{self.histories:,} histories, {self.runs:,} runs of their jobs\n"
+            f"histories by number of crashes: {numbers}\n"
+            f"{machine.crashed.total():,} crashes ({kinds}) at {len(machine.crashed)} of "
             f"{len(machine.reached)} named points that were reached; {self.zombies:,} attempts of "
             "zombies finished"
         )

@@ -202,6 +202,10 @@ class Job:
             ):
                 assert path is None or store.sha256(path) == sha256, f"{path} is not the recorded"
 
+    def events(self) -> list[dict[str, Any]]:
+        """All that the event log tells."""
+        return list(read_events(self.watch.plain()))
+
     def output(self) -> Output:
         """All rows and all error rows, in order, without what may depend on what happened."""
         store = self.watch.plain()

@@ -74,7 +74,7 @@ class WatchedDisk:
 class WatchedFile:
     """A file that is written: each write may be cut short in the middle."""
 
-    def __init__(self, watch: Watch, path: str, file: Any) -> None:
+    def __init__(self, watch: WatchedDisk, path: str, file: Any) -> None:
         self._watch, self._file = watch, file
         self._name = watch.name(path)
 

@@ -23,7 +23,7 @@ class Died(BaseException):
 
 @dataclass(frozen=True)
 class Crash:
-    """What happens at the `at`-th point (from 1) after the start of the run or the last crash in it.
+    """What happens at the `at`-th point, from 1, after a run's start or the last crash in it.
 
     `kill` ends the process that reaches it; `power cut` ends all of them and takes what was never
     synced; `lost` cuts the network between the coordinator and the replica that reaches it or the

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,25 +17,10 @@ from eevp_batch.storage.local_store import LocalStore
 from eevp_batch.storage.store import Store
 from tests.faults.any_store import WatchedStore
 from tests.faults.drawn import draw_histories
-from tests.faults.history import Job, Output, Setting, Watch, live
-from tests.faults.local import WatchedDisk
-from tests.faults.machine import Crash, Kind, Machine
+from tests.faults.history import Job, Watch, live
+from tests.faults.machine import Machine
+from tests.faults.sweep import EVERYTHING, SMALL, sweep
 from tests.storage.jobs import stores
-
-def watch_disk(machine: Machine, folder: Path) -> Watch:
-    return WatchedDisk(machine, str(folder / "out"))
-
-
-# Learns exits, audits them and stops them; rows of three kinds of errors; chunks with and without.
-EVERYTHING = Setting(
-    files=(9, 7),
-    chunk_rows=2,
-    mode="audited",
-    failing=frozenset({0, 1, 2, 7}),
-    empty=frozenset({4}),
-)
-
-SMALL = Setting(files=(3, 2), chunk_rows=2, failing=frozenset({0, 4}))
 
 STEPS = ("create", "in write", "write", "fsync", "unlink")
 WHOLE = tuple(f"{step} temporary" for step in STEPS)
@@ -78,44 +60,6 @@ def points_of_the_protocol() -> set[str]:
             else [f"before {operation}", f"after {operation}"]
         )
     }
-
-
-def sweep(
-    setting: Setting,
-    folder: Path,
-    kinds: Sequence[Kind],
-    make_watch: Callable[[Machine, Path], Watch] = watch_disk,
-    prepare: Callable[[Job], None] = lambda job: None,
-) -> Machine:
-    """A history for each named point, in which there is a crash; the kinds take turns.
-
-    Points that only a run after a crash reaches are found on the way: their histories are those
-    that led there, with one crash more. `prepare` is done before any crash.
-    """
-    machine, numbers = Machine(), itertools.count()
-
-    def lived(crashes: Sequence[Crash]) -> tuple[Output, list[str]]:
-        place = folder / f"history {next(numbers)}"
-        place.mkdir()
-        job = Job(setting, place, machine, watch=make_watch(machine, place))
-        prepare(job)
-        machine.stretches = [[]]
-        live(job, crashes)
-        return job.output(), machine.stretches[len(crashes)]
-
-    expected, stretch = lived([])
-    waiting, known = deque([((), stretch)]), set[str]()
-    kind = itertools.cycle(kinds)
-    while waiting:
-        before, stretch = waiting.popleft()
-        for at, name in enumerate(stretch, start=1):
-            if name not in known:
-                known.add(name)
-                crashes = (*before, Crash(at, next(kind)))
-                found, rest = lived(crashes)
-                assert found == expected, f"the output is another one after {crashes}, at {name}"
-                waiting.append((crashes, rest))
-    return machine
 
 
 def test_a_crash_at_every_point_of_the_protocol(tmp_path: Path) -> None:

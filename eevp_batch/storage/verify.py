@@ -299,14 +299,13 @@ def _add_strays(
     for folder, flags in published.items():
         for name in store.list(folder):
             chunk_id = layout.part_chunk_id(name)
-            is_planned = chunk_id is not None and chunk_id < len(flags)
-            if name[0] in "._" or (is_planned and flags[chunk_id]):
-                continue
             problem = f"{folder}/{name}: no commit record names this file"
-            if is_planned:
-                report.add(chunk_id, [problem])
-            else:
+            if name[0] in "._":
+                continue
+            if chunk_id is None or chunk_id >= len(flags):
                 report.problems.append(problem)
+            elif not flags[chunk_id]:
+                report.add(chunk_id, [problem])
     for chunk_id in sorted(committed_chunks(store)):
         if chunk_id >= len(plan.chunks):
             problem = f"{layout.commit_record(chunk_id)}: the plan has no such chunk"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -18,7 +18,7 @@ import click
 from eevp_batch import __version__
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
-from eevp_batch.errors import EevpError, TooManyErrorsError, VerifyFailedError
+from eevp_batch.errors import EevpError, TooManyErrorsError, UsageError, VerifyFailedError
 
 if TYPE_CHECKING:
     from eevp_batch.prepare import PreparedJob
@@ -206,6 +206,28 @@ def report(out: str, as_json: bool) -> None:
         _echo_summary(out)
 
 
+@main.command("retry-errors")
+@click.argument("job_or_out", metavar="SPEC_OR_OUT")
+@spec_overrides
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME",
+    help="Only rows with this error class; may be repeated. Else all but skipped rows.",
+)
+def retry_errors(job_or_out: str, overrides: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Try a job's rows in error again, and patch them into its output."""
+    from eevp_batch.prepare import earlier_plan, prepare, resolved_spec
+
+    with resolved_spec(job_or_out) as spec:
+        job = prepare(spec, overrides)
+    opened = earlier_plan(job)
+    if opened is None:
+        raise UsageError(f"{job.store.text}: holds no job whose rows could be tried again")
+    _run_and_sum_up(job, opened, wants_bar=True, retry=classes)
+
+
 main.add_command(potential)
 main.add_command(fit)
 main.add_command(calibrate)
@@ -218,9 +240,18 @@ def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bo
     job = prepare(spec, overrides)
     if needs_prompt_check(job.spec):
         check_prompts(job)
-    opened = _open_plan(job)
+    _run_and_sum_up(job, _open_plan(job), wants_bar, repairs=repairs)
+
+
+def _run_and_sum_up(
+    job: PreparedJob,
+    opened: Plan,
+    wants_bar: bool,
+    retry: Sequence[str] | None = None,
+    repairs: bool = False,
+) -> None:
     try:
-        _run_cluster(job, opened, wants_bar, repairs)
+        _run_cluster(job, opened, wants_bar, retry, repairs)
     except TooManyErrorsError:
         _echo_summary(job.store.text)
         raise
@@ -245,7 +276,9 @@ def _open_plan(job: PreparedJob) -> Plan:
     return opened
 
 
-def _run_cluster(job: PreparedJob, opened: Plan, wants_bar: bool, repairs: bool) -> None:
+def _run_cluster(
+    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None, repairs: bool
+) -> None:
     from eevp_batch.cluster.jobs import run_job
     from eevp_batch.report.progress import make_display
 
@@ -257,6 +290,7 @@ def _run_cluster(job: PreparedJob, opened: Plan, wants_bar: bool, repairs: bool)
             job.store,
             on_progress=display.update,
             on_message=display.message,
+            retry=retry,
             repairs=repairs,
         )
 

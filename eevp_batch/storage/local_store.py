@@ -69,12 +69,8 @@ class LocalStore(Store):
 
     def delete(self, rel: str, missing_ok: bool = False) -> None:
         """See `Store.delete`; synced, for a power cut must not bring back what was taken back."""
-        try:
-            os.unlink(self.path(rel))
-        except FileNotFoundError:
-            if not missing_ok:
-                raise FileNotFoundError(f"{self.text}: no file {rel}") from None
-        else:
+        if self.exists(rel) or not missing_ok:
+            super().delete(rel, missing_ok)
             _sync(os.path.dirname(self.path(rel)))
 
     def settle(self, rel_dir: str) -> None:

@@ -53,12 +53,12 @@ def set_damage_aside(store: Store, plan: Plan) -> Iterator[SetAside]:
 
 
 def _records_by_chunk(store: Store, chunk_ids: set[int]) -> dict[int, list[str]]:
-    """Names of all records of these chunks."""
+    """Names of all records of these chunks and of their patches, which are worth nothing alone."""
     found: dict[int, list[str]] = {}
     for name in store.names(layout.COMMITS_DIR):
-        chunk_id = layout.record_chunk_id(name)
-        if chunk_id in chunk_ids:
-            found.setdefault(chunk_id, []).append(name)
+        key = layout.record_key(name)
+        if key is not None and key[0] in chunk_ids:
+            found.setdefault(key[0], []).append(name)
     return found
 
 

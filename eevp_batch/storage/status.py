@@ -99,11 +99,11 @@ def read_status(store: Store, now_unix_s: float | None = None) -> Status:
     run = _last_run(store)
     totals, chunks_done = ChunkStats(), 0
     begin, last = math.inf, None
-    for record in Committer(store, plan).records():
-        attempt = record.attempt
+    for chunk in Committer(store, plan).chunks():
         chunks_done += 1
-        totals += attempt.stats
-        begin, last = min(attempt.started_unix_s, begin), max(attempt.finished_unix_s, last or 0.0)
+        totals += chunk.stats
+        begin = min(chunk.attempts[0].started_unix_s, begin)
+        last = max(chunk.last.finished_unix_s, last or 0.0)
     rate = run.tokens_per_s
     if not run.is_known and last is not None and last > begin:
         rate = totals.generated_tokens / (last - begin)  # a job without an event log
@@ -144,7 +144,7 @@ def _last_run(store: Store) -> _LastRun:
     run = _LastRun()
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
-        if kind in ("job_started", "job_resumed"):
+        if kind in ("job_started", "job_resumed", "retry_started"):
             run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s, drift=run.drift)
         elif kind == "replica_ready" and run.ready_unix_s is None:
             run.ready_unix_s = unix_s

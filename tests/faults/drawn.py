@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ _settings = st.builds(
     empty=_rows,
     mode=st.sampled_from(["plain", "plain", "learning", "audited"]),
 )
-_places = st.sampled_from([place / 500 for place in range(500)])
+# Drawn numbers are often small or repeated; a place made of one is anywhere.
+_places = st.integers(0, 2**32 - 1).map(lambda number: random.Random(number).random())
 _crash = st.tuples(_places, st.sampled_from(["kill", "power cut", "lost"]))
 _crashes = st.integers(1, MOST_CRASHES).flatmap(
     lambda count: st.lists(_crash, min_size=count, max_size=count)

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import ChunkWork
-from eevp_batch.cluster.fleet import Call, Outcome, Slot
+from eevp_batch.cluster.fleet import Call, Outcome, Resources, Slot
 from eevp_batch.cluster.learning import LearnAttempt, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import ReplicaReady, encode_rows
+from eevp_batch.cluster.selection import select_rows, take_rows
 from eevp_batch.records import Audit, Generation, RowFailure
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.attempts import Attempt, write_attempt
-from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
+from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids, unreadable_rows
 from eevp_batch.storage.learned import Learned, write_attempt_files
-from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
 from tests.cluster.scripted import Script, ScriptedEncoder, ScriptedEngine
 from tests.faults.machine import Died, Machine, Process
@@ -43,13 +45,15 @@ class Replica:
     spec: JobSpec
     script: Script
 
-    def attempt(self, lease: Lease, chunk: Chunk) -> Attempt:
-        """Generate for a chunk's rows and write the attempt."""
-        encoder = ScriptedEncoder()
+    def attempt(self, lease: Lease, task: ChunkTask) -> Attempt:
+        """Generate for a task's rows and write the attempt."""
+        encoder, store, chunk = ScriptedEncoder(), self.open_store(), task.chunk
         source = read_chunk(self.plan, chunk, encoder.columns)
+        selection = select_rows(store, task, table_ids(source, self.plan, "input"))
+        part = take_rows(source, selection.run)
         prompts, failures = encode_rows(
-            iter_rows(source),
-            unreadable_rows(source, self.plan.kept_columns),
+            iter_rows(part),
+            unreadable_rows(part, self.plan.kept_columns),
             self.spec.input.id_column,
             encoder,
             self.plan.num_samples,
@@ -62,18 +66,20 @@ class Replica:
         work.finish()
         done = work.future.result()
         return write_attempt(
-            self.open_store(),
+            store,
             self.plan,
             self.spec,
             chunk,
             lease.epoch,
             lease.attempt_no,
-            source,
+            take_rows(source, selection.accounted),
             done.generations,
-            done.failures,
+            selection.failures(done.failures),
             lease.replica,
             1.0,
             lease.phase,
+            task.patch.number if task.patch else 0,
+            task.pieces if task.is_whole else (),
         )
 
     def learn(self, token: str) -> LearnAttempt:
@@ -103,12 +109,12 @@ class Zombies:
 
     machine: Machine
     chance: random.Random
-    _leases: list[tuple[Process, Replica, Lease, Chunk]] = field(default_factory=list)
+    _leases: list[tuple[Process, Replica, Lease, ChunkTask]] = field(default_factory=list)
     num_finished: int = 0
 
-    def add(self, process: Process, replica: Replica, lease: Lease, chunk: Chunk) -> None:
+    def add(self, process: Process, replica: Replica, lease: Lease, task: ChunkTask) -> None:
         """A lease that will be worked at some time later."""
-        self._leases.append((process, replica, lease, chunk))
+        self._leases.append((process, replica, lease, task))
 
     def lose_power(self) -> None:
         """Forget all of them."""
@@ -119,10 +125,10 @@ class Zombies:
         if not self._leases or self.chance.random() < 0.5:
             return
         index = self.chance.randrange(len(self._leases))
-        process, replica, lease, chunk = self._leases.pop(index)
+        process, replica, lease, task = self._leases.pop(index)
         try:
             with self.machine.acting_as(process):
-                replica.attempt(lease, chunk)
+                replica.attempt(lease, task)
             self.num_finished += 1
         except Died:
             if self.machine.is_down:
@@ -134,9 +140,10 @@ class ScriptedFleet:
 
     def __init__(self, machine: Machine, replica: Replica, size: int, zombies: Zombies) -> None:
         self.slots = [Slot(index) for index in range(size)]
+        self.resources = Resources(num_cpus=1, num_gpus=0)
         self._machine, self._replica, self._zombies = machine, replica, zombies
         self._chance = zombies.chance
-        self._calls: list[tuple[Slot, Call, Lease | None, Chunk | None]] = []
+        self._calls: list[tuple[Slot, Call, Lease | None, ChunkTask | None]] = []
         self._num_learned = 0
 
     def start(self, slot: Slot) -> None:
@@ -145,9 +152,9 @@ class ScriptedFleet:
         slot.handle = Process(slot.name, is_replica=True)
         self._calls.append((slot, "ready", None, None))
 
-    def process(self, slot: Slot, lease: Lease, chunk: Chunk) -> None:
+    def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send it a lease."""
-        self._calls.append((slot, "process", lease, chunk))
+        self._calls.append((slot, "process", lease, task))
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask it to learn."""
@@ -165,10 +172,10 @@ class ScriptedFleet:
             for slot in self.slots:
                 slot.not_before_s = 0.0
             return
-        slot, call, lease, chunk = self._calls.pop(self._chance.randrange(len(self._calls)))
+        slot, call, lease, task = self._calls.pop(self._chance.randrange(len(self._calls)))
         try:
             with self._machine.acting_as(slot.handle):
-                value = self._do(slot, call, lease, chunk)
+                value = self._do(slot, call, lease, task)
         except Died:
             if self._machine.is_down:
                 raise
@@ -181,9 +188,9 @@ class ScriptedFleet:
 
     def bury(self, slot: Slot) -> None:
         """Give a replica up; if it lives, its leases may be worked at all the same."""
-        for owner, _, lease, chunk in self._calls:
-            if owner is slot and lease is not None and chunk is not None:
-                self._zombies.add(slot.handle, self._replica, lease, chunk)
+        for owner, _, lease, task in self._calls:
+            if owner is slot and lease is not None and task is not None:
+                self._zombies.add(slot.handle, self._replica, lease, task)
         self._calls = [call for call in self._calls if call[0] is not slot]
         slot.handle = slot.ready = None
         slot.committed_rows, slot.is_learning = 0, False
@@ -194,9 +201,9 @@ class ScriptedFleet:
             if slot.handle is not None:
                 self.bury(slot)
 
-    def _do(self, slot: Slot, call: Call, lease: Lease | None, chunk: Chunk | None) -> Any:
-        if lease is not None and chunk is not None:
-            return self._replica.attempt(lease, chunk)
+    def _do(self, slot: Slot, call: Call, lease: Lease | None, task: ChunkTask | None) -> Any:
+        if lease is not None and task is not None:
+            return self._replica.attempt(lease, task)
         if call == "learn":
             return self._replica.learn(f"{self._chance.getrandbits(32):08x}")
         size = self._chance.choice([1, 4, 16])

@@ -235,7 +235,7 @@ def scripted_ray(make_fleet: Callable[[int], ScriptedFleet]) -> Iterator[None]:
 
     with (
         patch.object(jobs, "local_ray", local_ray),
-        patch.object(jobs, "_offered", lambda: {"CPU": 64.0}),
+        patch.object(jobs, "offered", lambda: [{"CPU": 64.0}]),
         patch.object(jobs, "Fleet", lambda *, size, **options: make_fleet(size)),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -29,6 +30,7 @@ from eevp_batch.spec import ClusterSpec, JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.plan import Plan
+from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 
 
@@ -245,9 +247,11 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        self.events.write(
-            event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
-        )
+        events = EventLog(self.store.with_patience(NO_PATIENCE))
+        with contextlib.suppress(OSError):  # storage may be what failed; the error is told anyway
+            events.write(
+                event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
+            )
 
 
 def replica_resources(cluster: ClusterSpec, offered: dict[str, float]) -> Resources:

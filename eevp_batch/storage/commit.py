@@ -2,8 +2,8 @@
 
 A crash between any two operations leaves a chunk either recorded, with its parts in place, or
 unrecorded, and then whatever stands under its names is replaced or removed by the next commit of
-that chunk. Only one coordinator commits to a folder at a time; where the storage has locks,
-`Committer.lock` holds others off.
+that chunk. Only one coordinator commits to a folder at a time: `Committer.lock` holds others off,
+and `Committer.check_lock` stops this one where another has taken over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.attempts import Attempt, write_attempt
 from eevp_batch.storage.commit_record import CommitRecord, committed_chunks, read_record
+from eevp_batch.storage.lock import HeldLock
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store, is_temporary
 from eevp_batch.storage.verify import verify_parts
@@ -31,14 +32,27 @@ class Committer:
     def __init__(self, store: Store, plan: Plan) -> None:
         self.store = store
         self.plan = plan
+        self._held: HeldLock | None = None
 
-    def lock(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Hold the folder against other coordinators while the block runs.
 
         Raises:
             UsageError: another process runs a job here.
         """
-        return self.store.lock(layout.LOCK)
+        with self.store.lock(layout.LOCK) as self._held:
+            yield
+        self._held = None
+
+    def check_lock(self) -> None:
+        """Make sure that the lock, if it was taken, is still held; call it before each change.
+
+        Raises:
+            JobFailedError: another process has taken the folder over.
+        """
+        if self._held is not None:
+            self._held.check()
 
     def committed(self) -> set[int]:
         """The chunks that need no more work, from the names of the records alone."""
@@ -67,10 +81,12 @@ class Committer:
             self._discard(attempt)
             raise StaleAttemptError(f"chunk {chunk.name} is committed already")
         _check_attempt(attempt, chunk, self.plan.num_samples)
+        self.check_lock()
         self._publish(attempt.data_path, layout.data_part(chunk.chunk_id), attempt.data_sha256)
         self._publish(
             attempt.errors_path, layout.errors_part(chunk.chunk_id), attempt.errors_sha256
         )
+        self.check_lock()
         self.store.create_exclusive(layout.commit_record(chunk.chunk_id), record.to_json().encode())
         return record
 
@@ -118,6 +134,7 @@ class Committer:
         if report.problems:
             raise VerifyFailedError(self.store.text, report.problems)
         success = {**report.summary(self.plan), "run": run_info}
+        self.check_lock()
         self.store.write(layout.SUCCESS, (json.dumps(success, indent=1) + "\n").encode())
         return success
 

@@ -34,7 +34,7 @@ from tests.storage.jobs import (
     write_input,
 )
 
-WRITES = ("write", "create_exclusive", "publish", "delete", "append_line")
+WRITES = ("_put", "_create", "_move", "_remove", "_append")
 
 
 class Died(BaseException):

@@ -20,13 +20,14 @@ from functools import cached_property
 from typing import Any
 
 from eevp_batch.errors import UsageError
-from eevp_batch.storage.location import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, client_options
+from eevp_batch.storage import location
+from eevp_batch.storage.retries import may_pass
 from eevp_batch.storage.store import Store
 
 OBJECT_STORES = ("s3", "gcs")
 
 # For the conditional requests; `retries` repeats them, and knows its own object when it sees it.
-_NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=REQUEST_TIMEOUT_S)}
+_NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=60)}
 _NEEDED = (
     "an output on an object store needs obstore and boto3: pip install 'eevp-batch[object-store]'"
 )
@@ -46,7 +47,12 @@ class ObjectStore(Store):
         self._put(rel, data)
 
     def _copy(self, src: str, dst: str) -> None:
-        self.filesystem.copy_file(self.path(src), self.path(dst))
+        try:
+            self.filesystem.copy_file(self.path(src), self.path(dst))
+        except OSError as error:
+            if may_pass(error) or self._exists(src):
+                raise
+            raise FileNotFoundError(f"{self.text}: no file {src}") from error
 
     def _create(self, rel: str, data: bytes) -> None:
         """One conditional PUT; other clients' ways to fail become the `OSError`s of ours."""
@@ -59,6 +65,8 @@ class ObjectStore(Store):
             if not self._exists(rel):
                 raise ConnectionError(f"{rel}: connection aborted: {_first_line(error)}") from error
             raise FileExistsError(f"{self.text}: {rel} exists already") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.text}: no such bucket: {_first_line(error)}") from error
         except (
             obstore.exceptions.PermissionDeniedError,
             obstore.exceptions.UnauthenticatedError,
@@ -83,7 +91,7 @@ class ObjectStore(Store):
         except ImportError as error:
             raise UsageError(f"{self.text}: {_NEEDED}") from error
         name = self.root.partition("/")[0]
-        options = client_options(self.filesystem)
+        options = location.client_options(self.filesystem)
         opened = _open_s3 if self.filesystem.type_name == "s3" else _open_google
         try:
             return obstore, opened(obstore.store, name, options)
@@ -132,8 +140,8 @@ def _open_google(stores: Any, bucket: str, options: dict[str, Any]) -> Any:
 def _client(endpoint: str) -> dict[str, Any]:
     return {
         "allow_http": endpoint.startswith("http://"),
-        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+        "connect_timeout": timedelta(seconds=location.CONNECT_TIMEOUT_S),
+        "timeout": timedelta(seconds=location.REQUEST_TIMEOUT_S),
     }
 
 

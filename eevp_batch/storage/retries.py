@@ -24,6 +24,7 @@ _Answer = TypeVar("_Answer")
 # A disk that answers EIO has mostly failed for good; a network filesystem recovers from it.
 EIO_PATIENCE_S = 60.0
 
+_FINAL = (StorageError, FileExistsError, FileNotFoundError, PermissionError)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PASSING = {
     errno.EAGAIN,
@@ -49,7 +50,7 @@ _PASSING_TEXT = re.compile(
     r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT"
     r"|REQUEST_TIME_TOO_SKEWED|NETWORK_CONNECTION|UNAVAILABLE|DEADLINE_EXCEEDED"
     r"|RESOURCE_EXHAUSTED|status(?: code)?:? (?:5\d\d|408|409|429)\b|curlCode"
-    r"|error sending request|error decoding response|timed? ?out"
+    r"|HTTP error: |timed? ?out"
     r"|connection (?:was )?(?:closed|refused|reset|aborted)",
     re.IGNORECASE,
 )
@@ -83,7 +84,7 @@ NO_PATIENCE = Patience(total_s=0.0)
 
 def may_pass(error: OSError) -> bool:
     """Whether the same operation may succeed later: a server or a network had a bad moment."""
-    if isinstance(error, StorageError):
+    if isinstance(error, _FINAL):
         return False
     if error.errno is not None:
         return error.errno in _PASSING
@@ -102,8 +103,8 @@ def keep_trying(
         operation: may be done twice, or says by its error that it had been done before.
         what: names place and operation in messages.
         patience: how long to try.
-        is_done: asked when a try after the first fails, because the answer to an earlier try may
-            have been lost: what the operation would have answered if it is done, else None.
+        is_done: asked when a later try is refused, because the answer to an earlier one may have
+            been lost: what the operation would have answered if it is done, else None.
 
     Raises:
         StorageError: it kept failing, or the disk is full.
@@ -114,25 +115,18 @@ def keep_trying(
         try:
             return operation()
         except OSError as error:
-            if num_failures and (answer := _asked(is_done)) is not None:
-                return answer
             if error.errno in _FULL:
                 raise StorageError(
                     f"{what}: no space is left ({error.strerror}); make room, and the same command "
                     "goes on from what is committed"
                 ) from error
             if not may_pass(error):
+                if num_failures and (answer := is_done()) is not None:
+                    return answer
                 raise
             num_failures += 1
             failed_s = failed_s or time.monotonic()
             _wait(what, error, num_failures, time.monotonic() - failed_s, patience)
-
-
-def _asked(is_done: Callable[[], _Answer | None]) -> _Answer | None:
-    try:
-        return is_done()
-    except OSError:
-        return None  # storage does not answer this either
 
 
 def _wait(

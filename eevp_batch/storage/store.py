@@ -160,7 +160,7 @@ class Store:
         """
 
         def is_done() -> bool | None:
-            return True if self._get(rel) == data else None
+            return True if self.read(rel) == data else None
 
         def create() -> bool:
             self._create(rel, data)

@@ -19,8 +19,11 @@ from tests.storage.jobs import stores
 KINDS = ["local", "file URI", "subtree", "mock"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        found: Store = request.getfixturevalue("s3_store")
+        return found
     return dict(stores(tmp_path))[request.param]
 
 

@@ -130,6 +130,7 @@ class Committer:
         Raises:
             VerifyFailedError: a row is not accounted for, or a part is damaged.
         """
+        self.check_lock()
         report = verify_parts(self.store, self.plan)
         if report.problems:
             raise VerifyFailedError(self.store.text, report.problems)

@@ -10,6 +10,8 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 
+_FILE_BYTES = 1023
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -51,8 +53,8 @@ class Holder:
         return self.kernel != _kernel() or _is_running_here(self.pid)
 
     def to_bytes(self) -> bytes:
-        """JSON."""
-        return (json.dumps(asdict(self)) + "\n").encode()
+        """JSON, always as long: a client that asks for the size first never gets it cut off."""
+        return json.dumps(asdict(self)).encode().ljust(_FILE_BYTES) + b"\n"
 
     @classmethod
     def here(cls, flock_scope: str | None) -> Holder:

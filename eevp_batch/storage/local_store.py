@@ -41,7 +41,7 @@ class LocalStore(Store):
 
     def publish(self, src: str, dst: str) -> None:
         """See `Store.publish`; the rename is atomic and synced."""
-        source = os.stat(self.path(src))
+        source = self._try(f"looking up {src}", lambda: os.stat(self.path(src)))
 
         def is_done() -> bool | None:
             return True if os.path.samestat(source, os.stat(self.path(dst))) else None
@@ -85,7 +85,7 @@ class LocalStore(Store):
         try:
             descriptor = os.open(self.path(rel), os.O_RDONLY)
         except FileNotFoundError:
-            return None
+            return is_beating(self, rel)
         try:
             is_free = _try_lock(descriptor, fcntl.LOCK_SH)
             if is_free is False:

@@ -71,7 +71,7 @@ def test_what_does_not_pass_is_raised_as_it_is(error: OSError) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_told_at_once(number: int) -> None:
     flaky = Flaky(OSError(number, "no room"))
-    with pytest.raises(StorageError, match="writing x: no space is left .* make room"):
+    with pytest.raises(StorageError, match=r"writing x: no space is left .* make room"):
         keep_trying(flaky, "writing x", QUICK)
     assert flaky.calls == 1
 

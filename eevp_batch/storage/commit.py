@@ -42,8 +42,10 @@ class Committer:
             UsageError: another process runs a job here.
         """
         with self.store.lock(layout.LOCK) as self._held:
-            yield
-        self._held = None
+            try:
+                yield
+            finally:
+                self._held = None
 
     def check_lock(self) -> None:
         """Make sure that the lock, if it was taken, is still held; call it before each change.

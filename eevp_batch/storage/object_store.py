@@ -129,7 +129,7 @@ def _open_s3(stores: Any, bucket: str, options: dict[str, Any]) -> Any:
 
 def _open_google(stores: Any, bucket: str, options: dict[str, Any]) -> Any:
     """As `_open_s3`; credentials are the application's default ones, as pyarrow's are."""
-    own: dict[str, Any] = {"skip_signature": True} if options["anonymous"] else {}
+    own: dict[str, Any] = {}
     endpoint = options["endpoint_override"]
     if endpoint:
         own["base_url"] = f"{options['scheme'] or 'https'}://{endpoint}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -140,6 +142,45 @@ def test_the_endpoint_may_come_from_the_environment(
     store = Store.open("s3://bucket/environment?region=us-east-1")
     store.create_exclusive("record", b"1")
     assert store.list("") == ["record"]
+
+
+class Google(BaseHTTPRequestHandler):
+    """Answers what Google Cloud Storage answers to an upload on condition, and to a look-up."""
+
+    taken: ClassVar[set[str]] = set()
+    conditions: ClassVar[list[str | None]] = []
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.conditions.append(self.headers["x-goog-if-generation-match"])
+        self.answer(412 if self.path in self.taken else 200, b"")
+        self.taken.add(self.path)
+
+    def do_GET(self) -> None:
+        self.answer(200, b'{"name": "out/record", "bucket": "bucket", "size": "1"}')
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in (("ETag", '"1"'), ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_google_is_asked_for_a_name_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "testing")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Google) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+        store = Store.open(f"gs://anonymous@bucket/out?{endpoint}")
+        store.create_exclusive("record", b"1")
+        with pytest.raises(FileExistsError):
+            store.create_exclusive("record", b"2")
+        server.shutdown()
+    assert Google.conditions == ["0", "0"], "the condition that no generation is there"
 
 
 # --- whole jobs ------------------------------------------------------------------------------

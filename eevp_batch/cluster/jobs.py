@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.patches import find_patches
 from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.repair import set_damage_aside
+from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 
 
@@ -317,9 +319,11 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        self.events.write(
-            event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
-        )
+        events = EventLog(self.store.with_patience(NO_PATIENCE))
+        with contextlib.suppress(OSError):  # storage may be what failed; the error is told anyway
+            events.write(
+                event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
+            )
 
 
 def _load(

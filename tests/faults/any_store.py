@@ -29,6 +29,8 @@ class WatchedStore:
         store = self.plain()
         for name in CHANGES:
             setattr(store, name, self._watched(name, getattr(store, name)))
+        # To the system all processes of the machine are one, which lives: nobody would let go.
+        store.lock = lambda rel: nullcontext()  # type: ignore[method-assign]
         return store
 
     def interposed(self) -> Any:

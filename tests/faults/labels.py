@@ -19,6 +19,7 @@ _LABELS = [
     (r"_eevp/job\.resolved\.yaml", "resolved job"),
     (r"_eevp/events\.jsonl", "events"),
     (r"_eevp/lock", "lock"),
+    (r"_eevp/lock\.d/\d+\.json", "lock holder"),
     (r"_eevp/set_aside/.*\.json", "record set aside"),
     (r"_SUCCESS", "_SUCCESS"),
 ]

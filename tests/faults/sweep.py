@@ -14,7 +14,7 @@ from tests.faults.machine import Crash, Kind, Machine
 # Learns exits, audits them and stops them; rows of three kinds of errors; chunks with and without.
 EVERYTHING = Setting(
     files=(9, 7),
-    chunk_rows=2,
+    chunk_rows=3,
     mode="audited",
     failing=frozenset({0, 1, 2, 7}),
     empty=frozenset({4}),

@@ -41,8 +41,12 @@ PROTOCOL = {
     "_SUCCESS": RENAMED,
     "events": ("create", "write", "in write"),
     "lock": ("create",),
+    "lock holder": (*LINKED, "rename to", "unlink"),
 }
-FOLDERS = ("_eevp", "_eevp/attempts", "_eevp/commits", "_eevp/learned", "data", "errors")
+FOLDERS = (
+    *("_eevp", "_eevp/attempts", "_eevp/commits", "_eevp/learned", "_eevp/lock.d"),
+    *("data", "errors"),
+)
 """Each operation of the protocol; a point lies before and after it, in a write also within it."""
 
 
@@ -62,6 +66,8 @@ def points_of_the_protocol() -> set[str]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_crash_at_every_point_of_the_protocol(tmp_path: Path) -> None:
     machine = sweep(EVERYTHING, tmp_path, ("kill", "power cut"))
     assert set(machine.crashed) == set(machine.reached), "there was a crash at each point"
@@ -84,14 +90,17 @@ def test_a_crash_around_every_operation_of_a_store_without_a_disk(
         assert {f"before {change}", f"after {change}"} <= set(machine.crashed)
 
 
+@pytest.mark.timeout(300)
 def test_drawn_histories_end_as_if_undisturbed(capsys: pytest.CaptureFixture[str]) -> None:
-    tally = draw_histories(40)
+    tally = draw_histories(25)
     with capsys.disabled():
         print(f"\n{tally}")
-    assert tally.histories >= 40 and tally.machine.crashed.total() > 40
+    assert tally.histories >= 25 and tally.machine.crashed.total() > 25
     assert len(tally.machine.kinds) == 3, "processes were killed and lost, and the power went"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_crash_at_every_point_of_a_repair(tmp_path: Path) -> None:
     def damage(job: Job) -> None:
         live(job)
@@ -111,8 +120,8 @@ def test_a_crash_at_every_point_of_a_repair(tmp_path: Path) -> None:
 # --- a protocol that leaves a step out is caught ------------------------------------------------
 
 
-def publish_unsynced(store: LocalStore, src: str, dst: str) -> None:
-    store.ensure_folder(dst)
+def move_unsynced(store: LocalStore, src: str, dst: str) -> None:
+    store._ensure_folder(dst)
     local_store.os.replace(store.path(src), store.path(dst))
 
 
@@ -132,9 +141,9 @@ def record_first(committer: Committer, attempt: Attempt, current_epoch: int) -> 
 
 
 SABOTAGE: dict[str, tuple[Any, str, Any]] = {
-    "a published name is not synced": (LocalStore, "publish", publish_unsynced),
-    "a content is not synced": (LocalStore, "open_output", Store.open_output),
-    "a record is written in place": (LocalStore, "create_exclusive", create_in_place),
+    "a published name is not synced": (LocalStore, "_move", move_unsynced),
+    "a content is not synced": (LocalStore, "_put", Store._put),
+    "a record is written in place": (LocalStore, "_create", create_in_place),
     "the record comes before its parts": (Committer, "commit", record_first),
     "nothing is cleaned up": (Committer, "clean_attempts", lambda committer: None),
 }

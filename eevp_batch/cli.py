@@ -28,6 +28,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 PLAN_ROWS = 20_000
 INTERRUPTED = 130
+_REPAIR = "`eevp-batch submit --repair` with the job file does damaged chunks again"
 
 
 class _Commands(click.Group):
@@ -76,9 +77,14 @@ def main() -> None:
 
 @main.command()
 @_spec_command
-def submit(spec: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="First verifies what is there and does damaged chunks again; says which and why.",
+)
+def submit(spec: str, overrides: tuple[str, ...], repair: bool) -> None:
     """Run a job, show its progress and sum it up; the same command again resumes it."""
-    _run_job(spec, overrides, wants_bar=True)
+    _run_job(spec, overrides, wants_bar=True, repairs=repair)
 
 
 @main.command()
@@ -175,7 +181,10 @@ def verify(out: str, as_json: bool) -> None:
         names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
         echo_json({name: getattr(report, name) for name in names})
     if report.problems:
-        raise VerifyFailedError(out, report.problems)
+        failed = VerifyFailedError(out, report.problems)
+        if report.damaged:
+            failed.add_note(_REPAIR)
+        raise failed
     if not as_json:
         click.echo(
             f"{out}: {report.rows_in:,} rows in = {report.rows_ok:,} ok + "
@@ -224,23 +233,30 @@ main.add_command(fit)
 main.add_command(calibrate)
 
 
-def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:
+def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False) -> None:
     """Check, plan, run, sum up; what was done is summed up also where too many rows failed."""
     from eevp_batch.prepare import check_prompts, needs_prompt_check, prepare
 
     job = prepare(spec, overrides)
     if needs_prompt_check(job.spec):
         check_prompts(job)
-    _run_and_sum_up(job, _open_plan(job), wants_bar)
+    _run_and_sum_up(job, _open_plan(job), wants_bar, repairs=repairs)
 
 
 def _run_and_sum_up(
-    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None = None
+    job: PreparedJob,
+    opened: Plan,
+    wants_bar: bool,
+    retry: Sequence[str] | None = None,
+    repairs: bool = False,
 ) -> None:
     try:
-        _run_cluster(job, opened, wants_bar, retry)
+        _run_cluster(job, opened, wants_bar, retry, repairs)
     except TooManyErrorsError:
         _echo_summary(job.store.text)
+        raise
+    except VerifyFailedError as error:
+        error.add_note(_REPAIR)
         raise
     _echo_summary(job.store.text)
 
@@ -261,7 +277,7 @@ def _open_plan(job: PreparedJob) -> Plan:
 
 
 def _run_cluster(
-    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None
+    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None, repairs: bool
 ) -> None:
     from eevp_batch.cluster.jobs import run_job
     from eevp_batch.report.progress import make_display
@@ -275,6 +291,7 @@ def _run_cluster(
             on_progress=display.update,
             on_message=display.message,
             retry=retry,
+            repairs=repairs,
         )
 
 

@@ -12,6 +12,7 @@ EevpError                     1
 ├── ClusterError              5   no cluster to be reached, or it refused us
 ├── VerifyFailedError         6   the output does not account for every row
 ├── JobFailedError            1   replicas kept dying, or storage kept failing
+│   ├── StorageError              storage kept failing, or is full (an OSError too)
 │   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
 ├── JobInterruptedError     130   the user ended the job; the same command resumes it
 ├── EngineError               1
@@ -142,6 +143,10 @@ class VerifyFailedError(EevpError):
 
 class JobFailedError(EevpError):
     """The job cannot go on: replicas kept dying, or storage kept failing."""
+
+
+class StorageError(JobFailedError, OSError):
+    """Storage kept failing for as long as anyone waits for it, or is full; committed work stays."""
 
 
 class StaleAttemptError(JobFailedError):

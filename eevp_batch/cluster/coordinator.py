@@ -321,6 +321,8 @@ class Coordinator:
         if time.monotonic() < self._look_due_s:
             return
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
+        with self._in_storage:
+            self._committer.check_lock()
         self._fleet.poll()
         found = self.progress()
         self._on_progress(found)

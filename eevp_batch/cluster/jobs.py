@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,8 @@ from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
 from eevp_batch.storage.patches import find_patches
 from eevp_batch.storage.plan import Plan
+from eevp_batch.storage.repair import set_damage_aside
+from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 
 
@@ -69,6 +72,7 @@ def run_job(
     on_message: Callable[[str], None] | None = None,
     dashboard: bool | None = None,
     retry: Sequence[str] | None = None,
+    repairs: bool = False,
 ) -> JobResult:
     """Generate for every chunk of the plan that is not committed yet, verify, write `_SUCCESS`.
 
@@ -85,6 +89,7 @@ def run_job(
         dashboard: whether a local Ray serves its dashboard; by default unless the environment has
             EEVP_DASHBOARD=0.
         retry: try only rows in error again, those of these classes; empty: all but skipped rows.
+        repairs: whether chunks whose parts or records are damaged are done again.
 
     Raises:
         JobInterruptedError: SIGINT or SIGTERM; what is committed stays, running again resumes.
@@ -104,6 +109,7 @@ def run_job(
         on_message=on_message or _print_message,
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
         retry=retry,
+        repairs=repairs,
     )
     try:
         with run.committer.lock(), Interrupts() as interrupts:
@@ -126,9 +132,11 @@ class _Run:
         on_message: Callable[[str], None],
         dashboard: bool,
         retry: Sequence[str] | None,
+        repairs: bool,
     ) -> None:
         self.spec, self.model, self.plan, self.store = spec, model, plan, store
-        self.build, self.dashboard, self.retry = build, dashboard, retry
+        self.build, self.dashboard = build, dashboard
+        self.retry, self.repairs = retry, repairs
         self.on_progress, self.on_message = on_progress, on_message
         self.committer = Committer(store, plan)
         self.events = EventLog(store)
@@ -148,7 +156,20 @@ class _Run:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
             raise
 
+    def _repair(self) -> None:
+        """Set damaged chunks aside, and say which and why."""
+        count = 0
+        for found in set_damage_aside(self.store, self.plan):
+            count += 1
+            fields = {"problems": found.problems, "records": found.records}
+            self.events.write("chunk_set_aside", chunk_id=found.chunk_id, **fields)
+            self.on_message(f"repair: {found.text}")
+        if not count:
+            self.on_message("repair: no chunk is damaged")
+
     def _run(self, interrupts: Interrupts) -> JobResult:
+        if self.repairs:
+            self._repair()
         self.committer.clean_attempts()
         clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()
@@ -303,8 +324,9 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        with suppress(OSError):  # that storage takes no more may be why it ends
-            self.events.write(
+        events = EventLog(self.store.with_patience(NO_PATIENCE))
+        with contextlib.suppress(OSError):  # storage may be what failed; the error is told anyway
+            events.write(
                 event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
             )
 

@@ -2,8 +2,8 @@
 
 A crash between any two operations leaves a chunk either recorded, with its parts in place, or
 unrecorded, and then whatever stands under its names is replaced or removed by the next commit of
-that chunk. Only one coordinator commits to a folder at a time; where the storage has locks,
-`Committer.lock` holds others off.
+that chunk. Only one coordinator commits to a folder at a time: `Committer.lock` holds others off,
+and `Committer.check_lock` stops this one where another has taken over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,12 @@ from eevp_batch.storage.commit_record import (
     read_record,
 )
 from eevp_batch.storage.ids import ids_digest
+from eevp_batch.storage.lock import HeldLock
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.store import Store, is_temporary
 from eevp_batch.storage.verify import verify_parts
+
+_FOLDERS = (layout.DATA_DIR, layout.ERRORS_DIR, layout.COMMITS_DIR, layout.META_DIR)
 
 
 class Committer:
@@ -42,14 +45,29 @@ class Committer:
     def __init__(self, store: Store, plan: Plan) -> None:
         self.store = store
         self.plan = plan
+        self._held: HeldLock | None = None
 
-    def lock(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Hold the folder against other coordinators while the block runs.
 
         Raises:
             UsageError: another process runs a job here.
         """
-        return self.store.lock(layout.LOCK)
+        with self.store.lock(layout.LOCK) as self._held:
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def check_lock(self) -> None:
+        """Make sure that the lock, if it was taken, is still held; call it before each change.
+
+        Raises:
+            JobFailedError: another process has taken the folder over.
+        """
+        if self._held is not None:
+            self._held.check()
 
     def committed(self) -> set[int]:
         """The chunks that need no more work, from the names of the records alone."""
@@ -82,8 +100,10 @@ class Committer:
         _check_attempt(attempt, chunk, self._expected(attempt, chunk), self.plan.num_samples)
         data = layout.data_part(chunk.chunk_id, attempt.patch)
         errors = layout.errors_part(chunk.chunk_id, attempt.patch)
+        self.check_lock()
         self._publish(attempt.data_path, data, attempt.data_sha256)
         self._publish(attempt.errors_path, errors, attempt.errors_sha256)
+        self.check_lock()
         self.store.create_exclusive(name, record.to_json().encode())
         self._drop_superseded(attempt)
         return record
@@ -119,23 +139,26 @@ class Committer:
     def clean_attempts(self) -> None:
         """Remove what an earlier run left without a record; call it once, before the first lease.
 
+        What it left with a record is made durable first: it may have been killed before that.
+
         That is every attempt, every temporary file, every published part whose record was never
         written, every errors part that a patch has taken the place of, every patch of a chunk that
         has lost its own record, and a `_SUCCESS` that no longer holds because a chunk lacks its
         record.
         """
+        for folder in (*_FOLDERS, layout.LEARNED_DIR):
+            self.store.settle(folder)
         done, patches = self.committed(), patch_counts(self.store)
-        for name in self.store.list(layout.ATTEMPTS_DIR):
-            self.store.delete(f"{layout.ATTEMPTS_DIR}/{name}", missing_ok=True)
-        for folder in (layout.DATA_DIR, layout.ERRORS_DIR, layout.COMMITS_DIR, layout.META_DIR):
+        self._remove_attempts()
+        for folder in ("", *_FOLDERS):
             for name in self.store.names(folder):
                 if is_temporary(name) or _is_left_over(folder, name, done, patches):
-                    self.store.delete(f"{folder}/{name}", missing_ok=True)
+                    self.store.delete(f"{folder}/{name}".lstrip("/"), missing_ok=True)
         if len(done) < len(self.plan.chunks):
             self.store.delete(layout.SUCCESS, missing_ok=True)
 
     def finish(self, run_info: dict[str, Any]) -> dict[str, Any]:
-        """Verify the whole output and write `_SUCCESS`, last of all.
+        """Verify the whole output and write `_SUCCESS`, last of all; call it without replicas.
 
         Args:
             run_info: what the run wants to leave beside the counts; JSON types.
@@ -146,10 +169,13 @@ class Committer:
         Raises:
             VerifyFailedError: a row is not accounted for, or a part is damaged.
         """
+        self.check_lock()
+        self._remove_attempts()
         report = verify_parts(self.store, self.plan)
         if report.problems:
             raise VerifyFailedError(self.store.text, report.problems)
         success = {**report.summary(self.plan), "run": run_info}
+        self.check_lock()
         self.store.write(layout.SUCCESS, (json.dumps(success, indent=1) + "\n").encode())
         return success
 
@@ -176,6 +202,11 @@ class Committer:
             self.store.publish(path, part)
         elif not self.store.exists(part) or self.store.sha256(part) != sha256:
             raise JobFailedError(f"{self.store.text}: attempt file {path} is gone")
+
+    def _remove_attempts(self) -> None:
+        """Remove what dead replicas began or nobody took."""
+        for name in self.store.list(layout.ATTEMPTS_DIR):
+            self.store.delete(f"{layout.ATTEMPTS_DIR}/{name}", missing_ok=True)
 
     def _expected(self, attempt: Attempt, chunk: Chunk) -> tuple[int, str]:
         """Number and digest of the rows that an attempt has to account for."""

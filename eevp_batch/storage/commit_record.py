@@ -131,4 +131,4 @@ def read_record(store: Store, chunk_id: int, patch: int = 0) -> CommitRecord | N
     try:
         return CommitRecord.from_json(text)
     except JobFailedError as error:
-        raise JobFailedError(f"{rel}: {error}") from error
+        raise JobFailedError(f"{rel}: {error}; submit --repair does the chunk again") from error

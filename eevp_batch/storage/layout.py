@@ -18,6 +18,7 @@ ERRORS_DIR = "errors"
 COMMITS_DIR = "_eevp/commits"
 ATTEMPTS_DIR = "_eevp/attempts"
 LEARNED_DIR = "_eevp/learned"
+SET_ASIDE_DIR = "_eevp/set_aside"
 
 _PATCH = r"(?:\.r([1-9]\d*))?"
 _RECORD_NAME = re.compile(rf"(\d{{5,}}){_PATCH}\.json")

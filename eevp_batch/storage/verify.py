@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class VerifyReport:
         rows_ok, rows_error: rows found in readable parts of committed chunks.
         data_parts, errors_parts: published files that were read.
         totals: the counters of all commit records.
+        damaged: the problems of each chunk that has a record, or a part without one.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -44,8 +45,15 @@ class VerifyReport:
     data_parts: int = 0
     errors_parts: int = 0
     totals: ChunkStats = field(default_factory=ChunkStats)
+    damaged: dict[int, list[str]] = field(default_factory=dict)
     data_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
     errors_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
+
+    def add(self, chunk_id: int, problems: Iterable[str]) -> None:
+        """Take in what is wrong with one chunk."""
+        for problem in problems:
+            self.problems.append(problem)
+            self.damaged.setdefault(chunk_id, []).append(problem)
 
     @property
     def parts(self) -> int:
@@ -95,17 +103,17 @@ def verify_parts(store: Store, plan: Plan) -> VerifyReport:
         try:
             found = read_committed(store, chunk.chunk_id, patches[chunk.chunk_id])
         except JobFailedError as error:
-            report.problems.append(str(error))
+            report.add(chunk.chunk_id, [str(error)])
             continue
         if found is None:
             missing.append(chunk)
             continue
         published.add(found)
         report.totals += found.stats
-        report.problems += _record_problems(found, plan, chunk)
-        report.problems += _check_chunk(store, plan, chunk, found, report, kinds)
+        report.add(chunk.chunk_id, _record_problems(found, plan, chunk))
+        report.add(chunk.chunk_id, _check_chunk(store, plan, chunk, found, report, kinds))
     report.problems += _missing_problems(missing, len(plan.chunks))
-    report.problems += _stray_problems(store, plan, published, patches)
+    _add_strays(report, store, plan, published, patches)
     num_found = report.rows_ok + report.rows_error
     if num_found != plan.num_rows:
         report.problems.append(
@@ -177,7 +185,9 @@ def _check_chunk(
     for name, parts in (("data", data), ("errors", errors)):
         for part in parts:
             if part.table is not None:
-                first = kinds.setdefault(name, part.table.schema)
+                if not part.problems:  # a damaged part is no measure for the others
+                    kinds.setdefault(name, part.table.schema)
+                first = kinds.get(name, part.table.schema)
                 yield from part.schema_problems(plan, first, is_data=name == "data")
     if all(part.has_columns for part in (*data, *errors)):
         yield from _content_problems(plan, chunk, found, data, errors, report)
@@ -256,22 +266,32 @@ class _Published:
         return chunk_id < len(flags) and bool(flags[chunk_id])
 
 
-def _stray_problems(
-    store: Store, plan: Plan, published: _Published, patches: Mapping[int, int]
-) -> Iterator[str]:
+def _add_strays(
+    report: VerifyReport,
+    store: Store,
+    plan: Plan,
+    published: _Published,
+    patches: Mapping[int, int],
+) -> None:
     """Files that a reader of the folder would take for output, but that no record names."""
     for folder in published.flags:
         for name in store.list(folder):
-            if name[0] not in "._" and not published.has(folder, name):
-                yield f"{folder}/{name}: no commit record names this file"
+            problem = f"{folder}/{name}: no commit record names this file"
+            if name[0] in "._" or published.has(folder, name):
+                continue
+            key = layout.part_key(name)
+            if key is None or key[0] >= len(plan.chunks):
+                report.problems.append(problem)
+            else:
+                report.add(key[0], [problem])
     for chunk_id, patch in sorted(
         filter(None, map(layout.record_key, store.names(layout.COMMITS_DIR)))
     ):
         rel = layout.commit_record(chunk_id, patch)
         if chunk_id >= len(plan.chunks):
-            yield f"{rel}: the plan has no such chunk"
+            report.add(chunk_id, [f"{rel}: the plan has no such chunk"])
         elif patch > patches.get(chunk_id, 0):
-            yield f"{rel}: a patch of what is not recorded"
+            report.add(chunk_id, [f"{rel}: a patch of what is not recorded"])
 
 
 def _success_problems(store: Store, summary: dict[str, Any]) -> Iterator[str]:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from eevp_batch import __version__
+from eevp_batch.cli_output import REPAIR_HINT, report, status, sum_up, verify
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
-from eevp_batch.errors import EevpError, TooManyErrorsError, VerifyFailedError
+from eevp_batch.errors import EevpError, TooManyErrorsError, UsageError, VerifyFailedError
 
 if TYPE_CHECKING:
     from eevp_batch.prepare import PreparedJob
@@ -61,9 +61,6 @@ def _spec_command(command: _Command) -> _Command:
     return click.argument("spec", metavar="SPEC")(spec_overrides(command))
 
 
-_out_argument = click.argument("out", metavar="OUT")
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eevp-batch")
 def main() -> None:
@@ -78,9 +75,14 @@ def main() -> None:
 
 @main.command()
 @_spec_command
-def submit(spec: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="First verifies what is there and does damaged chunks again; says which and why.",
+)
+def submit(spec: str, overrides: tuple[str, ...], repair: bool) -> None:
     """Run a job, show its progress and sum it up; the same command again resumes it."""
-    _run_job(spec, overrides, wants_bar=True)
+    _run_job(spec, overrides, wants_bar=True, repairs=repair)
 
 
 @main.command()
@@ -147,102 +149,58 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
         click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, width())}")
 
 
-@main.command()
-@_out_argument
-@click.option("--watch", "wants_watch", is_flag=True, help="Redraws it until the job has ended.")
-@json_option
-def status(out: str, wants_watch: bool, as_json: bool) -> None:
-    """Show how far a job is, from its output folder alone."""
-    from eevp_batch.report.summary import status_json
-    from eevp_batch.report.text import render_status
-    from eevp_batch.storage.status import read_status
-    from eevp_batch.storage.store import Store
-
-    if wants_watch and as_json:
-        raise click.UsageError("--watch shows a job to people; --json does not go with it")
-    store = Store.open(out)
-    if wants_watch:
-        from rich.console import Console
-
-        from eevp_batch.report.watch import watch
-
-        watch(lambda: read_status(store), Console())
-        return
-    found = read_status(store)
-    if as_json:
-        echo_json(status_json(found))
-    else:
-        click.echo(render_status(found, width(), time.time()))
-
-
-@main.command()
-@_out_argument
-@json_option
-def verify(out: str, as_json: bool) -> None:
-    """Prove that every row is accounted for and that no file was altered."""
-    from eevp_batch.storage.store import Store
-    from eevp_batch.storage.verify import verify as verify_store
-
-    report = verify_store(Store.open(out))
-    if as_json:
-        names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
-        echo_json({name: getattr(report, name) for name in names})
-    if report.problems:
-        raise VerifyFailedError(out, report.problems)
-    if not as_json:
-        click.echo(
-            f"{out}: {report.rows_in:,} rows in = {report.rows_ok:,} ok + "
-            f"{report.rows_error:,} in error; {report.parts:,} parts, every checksum matches"
-        )
-
-
-@main.command()
-@_out_argument
+@main.command("retry-errors")
+@click.argument("job_or_out", metavar="SPEC_OR_OUT")
+@spec_overrides
 @click.option(
-    "--out",
-    "to",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, writable=True),
-    help="Writes the page there, and nothing into OUT.",
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME",
+    help="Only rows with this error class; may be repeated. Else all but skipped rows.",
 )
-@json_option
-def report(out: str, to: str | None, as_json: bool) -> None:
-    """Sum up a job, and write report.html and a dataset card (README.md) into OUT.
+def retry_errors(job_or_out: str, overrides: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Try a job's rows in error again, and patch them into its output."""
+    from eevp_batch.prepare import earlier_plan, prepare, resolved_spec
 
-    With --json, the figures are printed and nothing is written.
-    """
-    from eevp_batch.report.figures import gather
-    from eevp_batch.storage.store import Store
-
-    if as_json and to is not None:
-        raise click.UsageError(
-            "--json prints figures and writes no page; --out does not go with it"
-        )
-    if as_json:
-        echo_json(gather(Store.open(out)).to_json())
-    else:
-        _sum_up(out, to, is_needed=True)
+    with resolved_spec(job_or_out) as spec:
+        job = prepare(spec, overrides)
+    opened = earlier_plan(job)
+    if opened is None:
+        raise UsageError(f"{job.store.text}: holds no job whose rows could be tried again")
+    _run_and_sum_up(job, opened, wants_bar=True, retry=classes)
 
 
-main.add_command(potential)
-main.add_command(fit)
-main.add_command(calibrate)
+for command in (status, verify, report, potential, fit, calibrate):
+    main.add_command(command)
 
 
-def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:
+def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False) -> None:
     """Check, plan, run, sum up; what was done is summed up also where too many rows failed."""
     from eevp_batch.prepare import check_prompts, needs_prompt_check, prepare
 
     job = prepare(spec, overrides)
     if needs_prompt_check(job.spec):
         check_prompts(job)
-    opened = _open_plan(job)
+    _run_and_sum_up(job, _open_plan(job), wants_bar, repairs=repairs)
+
+
+def _run_and_sum_up(
+    job: PreparedJob,
+    opened: Plan,
+    wants_bar: bool,
+    retry: Sequence[str] | None = None,
+    repairs: bool = False,
+) -> None:
     try:
-        _run_cluster(job, opened, wants_bar)
+        _run_cluster(job, opened, wants_bar, retry, repairs)
     except TooManyErrorsError:
-        _sum_up(job.store.text)
+        sum_up(job.store.text)
         raise
-    _sum_up(job.store.text)
+    except VerifyFailedError as error:
+        error.add_note(REPAIR_HINT)
+        raise
+    sum_up(job.store.text)
 
 
 def _open_plan(job: PreparedJob) -> Plan:
@@ -260,7 +218,9 @@ def _open_plan(job: PreparedJob) -> Plan:
     return opened
 
 
-def _run_cluster(job: PreparedJob, opened: Plan, wants_bar: bool) -> None:
+def _run_cluster(
+    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None, repairs: bool
+) -> None:
     from eevp_batch.cluster.jobs import run_job
     from eevp_batch.report.progress import make_display
 
@@ -272,29 +232,9 @@ def _run_cluster(job: PreparedJob, opened: Plan, wants_bar: bool) -> None:
             job.store,
             on_progress=display.update,
             on_message=display.message,
+            retry=retry,
+            repairs=repairs,
         )
-
-
-def _sum_up(out: str, to: str | None = None, is_needed: bool = False) -> None:
-    """Print a job's summary and write its report; at a job's end that may fail, the job has not."""
-    from eevp_batch.report.figures import gather
-    from eevp_batch.report.text import render_summary
-    from eevp_batch.report.write import write_report
-    from eevp_batch.storage.store import Store
-
-    store = Store.open(out)
-    figures = gather(store)
-    click.echo(render_summary(figures.summary, width()))
-    try:
-        paths = write_report(store, figures, to)
-    except OSError as error:
-        error.add_note("the report could not be written; --out FILE writes it elsewhere")
-        if is_needed:
-            raise
-        click.echo(f"eevp-batch: {error}: {error.__notes__[0]}", err=True)
-        return
-    for path in paths:
-        click.echo(f"  {path}")
 
 
 def start() -> None:

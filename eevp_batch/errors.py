@@ -7,11 +7,12 @@ EevpError                     1
 │   ├── ModelError                the model folder: missing, unsupported, not to be trusted
 │   ├── FittedExitsError          fitted exits: damaged, or of another model
 │   └── CalibrationError          nothing to certify with, or certified for another job
-├── TooManyErrorsError        3   more error rows than `run.max_error_rate` allows
+├── TooManyErrorsError        3   more error rows than `run.max_error_rate` or `max_errors` allow
 ├── ResumeRefusedError        4   the output folder belongs to another job
 ├── ClusterError              5   no cluster to be reached, or it refused us
 ├── VerifyFailedError         6   the output does not account for every row
 ├── JobFailedError            1   replicas kept dying, or storage kept failing
+│   ├── StorageError              storage kept failing, or is full (an OSError too)
 │   └── StaleAttemptError         an attempt of an earlier lease arrived late; it is discarded
 ├── JobInterruptedError     130   the user ended the job; the same command resumes it
 ├── EngineError               1
@@ -20,8 +21,12 @@ EevpError                     1
     ├── EmptyPromptError
     ├── PromptTooLongError
     ├── PromptRenderError         the template raised, or the messages are not messages
-    ├── UnreadableTextError       a kept column's text is not UTF-8
-    └── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+    ├── RowSkippedError           over-long, and `prompt.on_overlong` is skip; counts as no error
+    ├── UnreadableTextError       the prompt's or a kept column's text is not UTF-8
+    ├── NonFiniteScoresError      the model gave NaN or infinite scores for this row
+    ├── RowTooLargeError          it does not fit into memory even alone
+    ├── RowTimeoutError           it took longer than `run.row_timeout_s`
+    └── ReplicaDiedError          it, alone on a replica, killed that replica again and again
 """
 
 from __future__ import annotations
@@ -84,7 +89,7 @@ class ModelError(UsageError):
 
 
 class TooManyErrorsError(EevpError):
-    """More rows failed than `run.max_error_rate` allows."""
+    """More rows failed than `run.max_error_rate` or `run.max_errors` allow."""
 
     exit_code = 3
 
@@ -140,6 +145,10 @@ class JobFailedError(EevpError):
     """The job cannot go on: replicas kept dying, or storage kept failing."""
 
 
+class StorageError(JobFailedError, OSError):
+    """Storage kept failing for as long as anyone waits for it, or is full; committed work stays."""
+
+
 class StaleAttemptError(JobFailedError):
     """An attempt of an earlier lease arrived after the chunk was leased again."""
 
@@ -170,13 +179,29 @@ class PromptTooLongError(RowError):
     """The prompt has more tokens than `prompt.max_prompt_tokens` or the memory allows."""
 
 
+class RowSkippedError(RowError):
+    """The prompt is too long and `prompt.on_overlong` is skip; it counts against no limit."""
+
+
 class PromptRenderError(RowError):
     """The template raised, or the messages are not a list of {role, content}."""
 
 
 class UnreadableTextError(RowError):
-    """A kept column's text is not UTF-8, so that no reader could read the output back."""
+    """The text of a column that the row needs is not UTF-8."""
 
 
 class NonFiniteScoresError(RowError):
     """The model gave NaN or infinite scores for this row."""
+
+
+class RowTooLargeError(RowError):
+    """The row's activations do not fit into memory although nothing runs beside it."""
+
+
+class RowTimeoutError(RowError):
+    """A generation of the row was in the engine for longer than `run.row_timeout_s`."""
+
+
+class ReplicaDiedError(RowError):
+    """Replicas that had nothing but this row kept dying."""

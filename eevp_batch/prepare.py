@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,6 +118,31 @@ def _note(error: UsageError, source: SpecSource, field: str) -> None:
     origin = source.origin(field)
     place = f"by {origin.file}" if origin.line is None else f"at {origin.file}:{origin.line}"
     error.add_note(f"{field} is set {place}")
+
+
+@contextmanager
+def resolved_spec(job_or_out: str) -> Iterator[str]:
+    """The path of a job file, or of a copy of the one that an output folder was made by.
+
+    Args:
+        job_or_out: a job file, or an output folder or URI.
+
+    Raises:
+        UsageError: neither.
+    """
+    if os.path.isfile(job_or_out):
+        yield job_or_out
+        return
+    try:
+        content = Store.open(job_or_out).read(layout.RESOLVED_SPEC)
+    except FileNotFoundError as error:
+        allowed = "a job file, or the output of a job"
+        raise UsageError(f"{job_or_out}: found neither; allowed: {allowed}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, os.path.basename(layout.RESOLVED_SPEC))
+        with open(path, "wb") as file:
+            file.write(content)
+        yield path
 
 
 def earlier_plan(job: PreparedJob) -> Plan | None:

@@ -21,6 +21,7 @@ class Prompt:
         sample_index: 0..n-1, which of the row's generations this is.
         tag: opaque to the engine, handed back with the result (a replica keeps the chunk id here).
         phase: whether it may leave early; an engine that knows one phase only does not ask.
+        timeout_s: seconds that it may be resident before it is given up; None: any number.
     """
 
     row_id: RowId
@@ -28,6 +29,7 @@ class Prompt:
     sample_index: int = 0
     tag: Any = None
     phase: Phase = "exits"
+    timeout_s: float | None = None
 
 
 class TokenExit(NamedTuple):
@@ -220,6 +222,14 @@ class ChunkStats:
             finish_reasons=self.finish_reasons + other.finish_reasons,
             error_classes=self.error_classes + other.error_classes,
             audit=self.audit + other.audit,
+        )
+
+    def without_errors(self, error_classes: Counter[str]) -> ChunkStats:
+        """These counters without so many error rows, which something else accounts for."""
+        return replace(
+            self,
+            rows_error=self.rows_error - error_classes.total(),
+            error_classes=self.error_classes - error_classes,
         )
 
     @property

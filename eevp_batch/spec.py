@@ -74,8 +74,8 @@ class PromptSpec(Section):
     """Jinja template (sandboxed) over the row's columns, instead of prompt_column; none."""
     max_prompt_tokens: Count | None = None
     """Most tokens of a prompt; what the model's context leaves after max_new_tokens."""
-    on_overlong: Literal["error", "truncate_left"] = "error"
-    """What a longer prompt becomes: an error row, or its last max_prompt_tokens tokens."""
+    on_overlong: Literal["error", "truncate_left", "skip"] = "error"
+    """A longer prompt: an error row, its last max_prompt_tokens tokens, or a row set aside."""
 
 
 class ModelSpec(Section):

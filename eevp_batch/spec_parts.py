@@ -136,6 +136,8 @@ class EngineSpec(Section):
 class ClusterSpec(Section):
     """How many replicas run, and on what; changes speed, never the output."""
 
+    address: Text | None = None
+    """Running Ray cluster to join: `auto` or host:port of its head; none: one of the job's own."""
     replicas: Count = 1
     """Copies of the model that work side by side."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"
@@ -150,9 +152,15 @@ class RunSpec(Section):
     chunk_rows: Count = 256
     """Rows that are leased, retried and committed together."""
     max_attempts: Count = 3
-    """How often a row that fails is tried before it becomes an error row."""
+    """Deaths of replicas that hold one row alone until it becomes an error row; at least two."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of error rows above which the job ends with exit code 3."""
+    max_errors: Annotated[int, Field(ge=0)] | None = None
+    """Number of error rows above which the job ends with exit code 3; none."""
+    row_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a generation may be in the engine before its row becomes an error row; none."""
+    no_progress_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a commit or a token after which the job fails; a step may take a third."""
 
 
 class AuditSpec(Section):

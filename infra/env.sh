@@ -1,6 +1,6 @@
 # Makes .venv and installs the package into it. Sourced by demo.sh and test.sh, from any folder:
 #
-#     source infra/env.sh; eevp_env gguf        # or: eevp_env gguf,test
+#     source infra/env.sh; eevp_env gguf        # or: eevp_env gguf,object-store,test
 #
 # The second time it only compares a stamp. It sets PYTHON, the environment's interpreter.
 #

@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$EEVP_ROOT"
 
-eevp_env gguf,test
+eevp_env gguf,object-store,test
 "$PYTHON" infra/fetch_model.py
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -297,6 +297,14 @@ def test_a_folder_without_a_job_ends_with_2(tmp_path: Path, command: str) -> Non
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("target", ["none", "job.yaml"])
+def test_there_has_to_be_something_to_retry(job: Path, target: str) -> None:
+    before = files(job.parent)
+    result = invoke("retry-errors", job.parent / target)
+    assert result.exit_code == 2 and target.replace("job.yaml", "out") in result.stderr
+    assert files(job.parent) == before, "nothing is written"
+
+
 # --- the whole way -------------------------------------------------------------------------------
 
 
@@ -342,3 +350,10 @@ def test_too_many_errors_end_with_3(job: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 3, done.stderr
     assert "in error" in done.stdout, "what was done is summed up"
+    assert "a higher limit" in done.stderr, "the user is not told how to go on"
+    retry = ("retry-errors", job.parent / "out", "--class", "NoSuchError")
+    assert invoke(*retry, "--set", "run.max_error_rate=0.05").exit_code == 3
+    again = invoke(*retry, "--set", "run.max_error_rate=0.2")
+    assert again.exit_code == 0 and "2 in error" in again.stdout, again.stderr
+    assert "no row in error of class NoSuchError" in again.stderr
+    assert invoke(*retry, "--set", "sampling.seed=1").exit_code == 4

@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from eevp_batch.cluster import rules
+from eevp_batch.cluster import news, rules, stall
+from eevp_batch.cluster.backlog import Backlog
+from eevp_batch.cluster.deaths import DeathWatch
+from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
-from eevp_batch.cluster.leases import Lease, LeaseTable
-from eevp_batch.cluster.phases import News, Phases
-from eevp_batch.cluster.progress import Meter, Progress, Recoveries
-from eevp_batch.errors import JobFailedError, StaleAttemptError
+from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.news import News
+from eevp_batch.cluster.phases import Phases
+from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
+from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan
 
-MAX_DEATHS_IN_A_ROW = 5
 LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
 
 
 class Coordinator:
-    """Drives a fleet until every chunk of the plan is committed.
+    """Drives a fleet until everything in the backlog is committed.
 
     Args:
         spec: the job.
@@ -38,8 +40,9 @@ class Coordinator:
         fleet: its replicas, none of them started.
         committer: commits to the job's output.
         events: the job's diary.
-        done: ids of the chunks that earlier runs committed.
-        totals: what they add up to.
+        backlog: what is to be done.
+        num_done: chunks that earlier runs committed, of those that this run is about.
+        totals: of all chunks that earlier runs committed.
         on_progress: called about once a second, and once at the end.
         on_message: told in one sentence what a person wants to know as it happens.
         phases: tells which chunks have exits.
@@ -52,7 +55,8 @@ class Coordinator:
         fleet: Fleet,
         committer: Committer,
         events: EventLog,
-        done: set[int],
+        backlog: Backlog,
+        num_done: int,
         totals: ChunkStats,
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
@@ -62,15 +66,24 @@ class Coordinator:
         self._committer, self._events = committer, events
         self._on_progress, self._on_message = on_progress, on_message
         self._phases = phases
-        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
-        self._leases = LeaseTable(to_do, len(plan.chunks) - len(done))
+        self._backlog, self._leases = backlog, backlog.leases
         self.totals = totals
         self.recoveries = Recoveries()
-        self.num_done_before = len(done)
-        self._meter = Meter(totals, time.monotonic())
+        self.num_done_before = num_done
+        self._meter = Meter(
+            totals,
+            time.monotonic(),
+            backlog.retried_rows or plan.num_rows,
+            0 if backlog.is_retry else totals.rows,
+        )
+        self._deaths = DeathWatch(fleet.slots, spec.run)
+        self._stall = stall.StallWatch(
+            spec.run.no_progress_timeout_s,
+            lambda: stall.describe(fleet.slots, self._leases.leases_of, fleet.resources),
+        )
         self._look_due_s = 0.0
-        self._waited_s = self._storage_s = 0.0
-        self._is_draining = self._has_told_draining = False
+        self._waiting, self._in_storage = Stopwatch(), Stopwatch()
+        self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
     @property
     def num_committed(self) -> int:
@@ -84,7 +97,7 @@ class Coordinator:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every chunk of the plan is committed."""
+        """Whether everything in the backlog is committed."""
         return not self._leases.num_unfinished
 
     def drain(self) -> None:
@@ -99,44 +112,40 @@ class Coordinator:
 
         Raises:
             JobFailedError: a replica's code failed, or replicas kept dying.
-            TooManyErrorsError: more rows failed than the job allows.
+            TooManyErrorsError: more rows failed than the job allows; what was under way is
+                committed.
         """
-        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
-        for news in self._phases.start():
-            self._tell(news)
+        for found in self._phases.start():
+            self._tell(found)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
             self._start_replicas()
             self._hand_out()
             self._ask_to_learn()
-            for outcome in self._wait():
+            with self._waiting:
+                outcomes = list(self._fleet.wait(_TICK_S))
+            for outcome in outcomes:
                 self._take(outcome)
             self._look()
         if self.is_finished:
             self._meter.settle(self.totals)
         self._on_progress(self.progress())
+        if self._has_too_many_errors:
+            rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
 
     def progress(self) -> Progress:
         """The job now."""
-        now_s = time.monotonic()
-        rows_done = self.totals.rows + sum(slot.open_rows for slot in self._fleet.slots)
-        elapsed_s = now_s - self._meter.started_s
-        return Progress(
-            rows_total=self._plan.num_rows,
-            rows_done=rows_done,
+        return self._meter.progress(
+            time.monotonic(),
+            open_rows=sum(slot.open_rows for slot in self._fleet.slots),
+            waited_s=self._waiting.total_s,
+            storage_s=self._in_storage.total_s,
             rows_error=self.totals.rows_error,
-            tokens=self._meter.tokens,
-            tokens_per_s=self._meter.tokens_per_s(now_s),
-            mean_exit_layer=self._meter.mean_exit_layer,
-            eta_s=self._meter.eta_s(rows_done, self._plan.num_rows, now_s),
-            elapsed_s=elapsed_s,
             replicas=len(self._fleet.slots),
             replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
-            chunks_total=len(self._plan.chunks),
+            chunks_total=self.num_done_before + self._backlog.num_chunks,
             chunks_committed=self.num_committed,
             chunks_leased=self._leases.num_leased,
             chunks_pending=self._leases.num_pending,
-            coordinator_s=elapsed_s - self._waited_s - self._storage_s,
-            storage_s=self._storage_s,
             is_draining=self._is_draining,
         )
 
@@ -161,41 +170,35 @@ class Coordinator:
         }
         while held and self._leases.num_pending:
             slot = self._fleet.slots[min(held, key=lambda index: held[index])]
-            if held[slot.index] >= min(slot.max_leases, self._fair_share()):
+            is_full = held[slot.index] >= min(slot.max_leases, self._fair_share())
+            if is_full or not self._lease(slot):
                 # Replicas that can hold more than this one may still take some.
                 del held[slot.index]
                 continue
-            self._lease(slot)
             held[slot.index] += 1
 
     def _fair_share(self) -> int:
         """Chunks that a replica may hold so that the last ones spread over all replicas."""
         return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
 
-    def _lease(self, slot: Slot) -> None:
-        lease = self._leases.lease(slot.name, self._phases.phase)
-        if lease is None:
-            return
-        self._write_event(
-            "chunk_leased",
-            chunk_id=lease.chunk_id,
-            epoch=lease.epoch,
-            attempt=lease.attempt_no,
-            replica=lease.replica,
-            phase=lease.phase,
-        )
-        self._fleet.process(slot, lease, self._plan.chunks[lease.chunk_id])
+    def _lease(self, slot: Slot) -> bool:
+        found = self._backlog.lease(slot.name, self._phases.phase)
+        if found is None:
+            return False
+        lease, task = found
+        self._write_event("chunk_leased", **news.lease_fields(lease, task.span))
+        self._fleet.process(slot, lease, task)
+        return True
 
     def _ask_to_learn(self) -> None:
         """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
         slots = [slot for slot in self._fleet.slots if slot.ready is not None]
-        if self._is_draining or not slots or not self._phases.is_learning_due:
+        is_due = not self._backlog.is_retry and self._phases.is_learning_due
+        if self._is_draining or not slots or not is_due:
             return
         slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
         order = self._phases.learn(self._plan.num_rows - self.totals.rows)
-        text = f"{slot.name} learns exits from {order.num_rows} rows"
-        fields = {"replica": slot.name, "chunks": len(order.chunks)}
-        self._tell(News("learning_started", text, fields))
+        self._tell(news.learning_started(slot.name, order))
         self._fleet.learn(slot, order)
 
     # --- taking in -------------------------------------------------------------------------------
@@ -208,15 +211,22 @@ class Coordinator:
         elif outcome.call == "ready":
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
-            outcome.slot.progress = outcome.value
-            if outcome.value.max_resident:  # another engine may hold more or fewer
-                outcome.slot.max_leases = rules.max_leases(outcome.value.max_resident, self._plan)
-            self._meter.update(outcome.slot.index, outcome.slot.name, outcome.value)
+            self._take_progress(outcome.slot, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
         elif outcome.call == "learn":
             outcome.slot.is_learning = False
             self._tell(self._phases.has_learned(outcome.value))
+
+    def _take_progress(self, slot: Slot, heard: LoopProgress) -> None:
+        shortage = news.memory_shortage(slot.name, slot.progress, heard)
+        if shortage is not None:
+            self.recoveries += Recoveries(memory_shortages=shortage.fields["steps"])
+            self._tell(shortage)
+        slot.progress = heard
+        if heard.max_resident:  # another engine, or one short of memory, may hold more or fewer
+            slot.max_leases = rules.max_leases(heard.max_resident, self._plan)
+        self._meter.update(slot.index, slot.name, heard)
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
@@ -229,32 +239,29 @@ class Coordinator:
         slot.ready = ready
         slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
         self._meter.replica_is_ready(time.monotonic())
-        self._write_event(
-            "replica_ready",
-            replica=slot.name,
-            pid=ready.pid,
-            node_id=ready.node_id,
-            max_resident=ready.max_resident,
-            leases=slot.max_leases,
-            start_s=round(ready.start_s, 3),
-            machine=ready.machine,
-        )
+        self._write_event("replica_ready", **news.ready_fields(slot, ready))
 
     def _commit(self, slot: Slot, lease: Lease, attempt: Attempt) -> None:
         # Epochs start at 1: no attempt is of lease 0.
         current_epoch = self._leases.current_epoch(lease.chunk_id) or 0
         try:
-            with self._in_storage():
+            if self._backlog.take_piece(lease, attempt):
+                self._settle(slot, attempt.stats.rows)
+                return
+            with self._in_storage:
                 stats = self._committer.commit(attempt, current_epoch).attempt.stats
         except StaleAttemptError as error:
             self.recoveries += Recoveries(attempts_discarded=1)
             self._write_event("attempt_discarded", **_names(lease), reason=str(error))
             return
-        self._leases.commit(lease)
-        self.totals += stats
-        slot.committed_rows += stats.rows
-        for any_slot in self._fleet.slots:
-            any_slot.deaths_in_a_row = 0
+        pieces = self._backlog.commit(lease)
+        with self._in_storage:
+            for piece in pieces:
+                self._committer.discard(piece)
+        superseded = self._backlog.superseded(lease.chunk_id)
+        self.totals = self.totals.without_errors(superseded) + stats
+        rows = self._backlog.num_rows(lease.chunk_id)
+        self._settle(slot, rows - sum(piece.stats.rows for piece in pieces))
         self._write_event(
             "chunk_committed",
             **_names(lease),
@@ -262,20 +269,37 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
-        for news in self._phases.committed(attempt, self.totals.audit):
-            self._tell(news)
-        rules.check_error_rate(self.totals, self._spec.run.max_error_rate, self._plan.num_rows)
+        for found in self._phases.committed(attempt, self.totals.audit):
+            self._tell(found)
+        self._check_errors()
+
+    def _settle(self, slot: Slot, rows: int) -> None:
+        """A replica has finished something that stays."""
+        slot.committed_rows += rows
+        self._meter.rows_settled += rows
+        self._deaths.finished()
+
+    def _check_errors(self) -> None:
+        """Drain once more rows failed than the job allows; a retry is judged at its end."""
+        if self._backlog.is_retry or self._has_too_many_errors:
+            return
+        try:
+            rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
+        except TooManyErrorsError as error:
+            self._has_too_many_errors = True
+            self._on_message(str(error))
+            self.drain()
 
     # --- deaths ----------------------------------------------------------------------------------
 
     def _bury(self, slot: Slot, reason: str) -> None:
         """Give a replica up: its chunks are pending again, its slot is free for the next one."""
-        name = slot.name
-        returned, was_learning = self._leases.release(name), slot.is_learning
+        name, was_learning = slot.name, slot.is_learning
+        returned, set_aside = self._backlog.release(name, reason)
         self._fleet.bury(slot)
-        slot.deaths_in_a_row += 1
-        slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
-        self.recoveries += Recoveries(replica_deaths=1, chunks_returned=len(returned))
+        self.recoveries += Recoveries(
+            replica_deaths=1, chunks_returned=len(returned), rows_set_aside=len(set_aside)
+        )
         self._write_event(
             "replica_dead",
             replica=name,
@@ -283,32 +307,12 @@ class Coordinator:
             chunks=[lease.chunk_id for lease in returned],
         )
         self._on_message(f"{name} died; {len(returned)} chunks go back: {reason}")
-        if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
-            raise JobFailedError(
-                f"{slot.deaths_in_a_row} replicas in a row died without a commit; the last one: "
-                f"{reason}"
-            )
-        for news in self._phases.learner_died() if was_learning else ():
-            self._tell(news)
-        self._check_suspects([lease.chunk_id for lease in returned], reason)
-
-    def _check_suspects(self, chunk_ids: list[int], reason: str) -> None:
-        """Give up on chunks that keep company with deaths; bisecting them would begin here."""
-        limit = self._spec.run.max_attempts
-        suspects = [f"{c:05d}" for c in chunk_ids if self._leases.deaths(c) >= limit]
-        if suspects:
-            raise JobFailedError(
-                f"{limit} replicas died while they held chunk {' or '.join(suspects)} "
-                f"(run.max_attempts); the last one: {reason}"
-            )
+        tried_suspect = any(lease.is_alone for lease in returned)
+        self._deaths.died(slot, reason, tried_suspect=tried_suspect)
+        for found in (*set_aside, *(self._phases.learner_died() if was_learning else ())):
+            self._tell(found)
 
     # --- bookkeeping -----------------------------------------------------------------------------
-
-    def _wait(self) -> Iterator[Outcome]:
-        start_s = time.monotonic()
-        outcomes = list(self._fleet.wait(_TICK_S))
-        self._waited_s += time.monotonic() - start_s
-        yield from outcomes
 
     def _look(self) -> None:
         """Report, and ask the replicas for the next report."""
@@ -317,8 +321,12 @@ class Coordinator:
         if time.monotonic() < self._look_due_s:
             return
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
+        with self._in_storage:
+            self._committer.check_lock()
         self._fleet.poll()
-        self._on_progress(self.progress())
+        found = self.progress()
+        self._on_progress(found)
+        self._stall.look(found)
 
     def _tell_draining(self) -> None:
         self._has_told_draining = True
@@ -328,21 +336,13 @@ class Coordinator:
             "again to stop at once, which loses those chunks and nothing else"
         )
 
-    def _tell(self, news: News) -> None:
-        self._write_event(news.event, **news.fields)
-        self._on_message(news.text)
+    def _tell(self, told: News) -> None:
+        self._write_event(told.event, **told.fields)
+        self._on_message(told.text)
 
     def _write_event(self, event: str, **fields: Any) -> None:
-        with self._in_storage():
+        with self._in_storage:
             self._events.write(event, **fields)
-
-    @contextmanager
-    def _in_storage(self) -> Iterator[None]:
-        start_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self._storage_s += time.monotonic() - start_s
 
 
 def _names(lease: Lease) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from eevp_batch.cluster.watchdog import Pulse
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
 
@@ -33,6 +34,10 @@ class EngineCounters(Protocol):
     @property
     def exit_histogram(self) -> Counter[int]:
         """Emitted tokens by exit layer."""
+
+    @property
+    def shortages(self) -> int:
+        """How often memory ran out in a step."""
 
 
 class RowEngine(Protocol):
@@ -95,6 +100,8 @@ class LoopProgress:
         finished_rows: since the engine was built, rows without a prompt included.
         waiting_prompts: prompts that stand before the engine.
         max_resident: the most sequences that the engine of the moment can hold.
+        shortages: how often memory ran out in a step, since the engine was built.
+        doing: what the thread does, and for how long; empty before it is known.
     """
 
     tokens: int = 0
@@ -102,6 +109,8 @@ class LoopProgress:
     finished_rows: int = 0
     waiting_prompts: int = 0
     max_resident: int = 0
+    shortages: int = 0
+    doing: str = ""
 
 
 class ChunkWork:
@@ -162,10 +171,15 @@ class EngineLoop:
 
     Any exception of the engine that is not a RowError ends the loop: it goes to every open chunk,
     to `built` and to every later `submit`.
+
+    Attributes:
+        built: the engine and its encoder.
+        pulse: what the thread is doing.
     """
 
     def __init__(self, build: Build) -> None:
         self.built: Future[tuple[RowEngine, RowEncoder]] = Future()
+        self.pulse = Pulse("builds its engine")
         self._build = build
         self._changed = threading.Condition()
         self._line: deque[Prompt] = deque()
@@ -216,7 +230,7 @@ class EngineLoop:
 
     def progress(self) -> LoopProgress:
         """Counters, at most a quarter of a second old while the engine is busy."""
-        return self._progress
+        return replace(self._progress, doing=str(self.pulse))
 
     def close(self) -> None:
         """End the thread once the current step is over, and wait for that."""
@@ -241,6 +255,7 @@ class EngineLoop:
         with self._changed:
             if engine.is_idle and not self._line:
                 self._take_snapshot(engine)
+                self.pulse.begin("has nothing to generate")
             while not (self._line or self._tasks or self._is_closed) and engine.is_idle:
                 self._changed.wait()
             return not self._is_closed
@@ -248,8 +263,10 @@ class EngineLoop:
     def _turn(self, engine: RowEngine) -> None:
         """Admit what fits, run one step, hand out what finished; or do one task."""
         if self._tasks and engine.is_idle and not self._line:
+            self.pulse.begin("learns exits")
             self._tasks.popleft()()
             return
+        self.pulse.begin("runs a step", is_bounded=True)
         admitted = self._admit(engine)
         if not engine.is_idle:
             for result in engine.step():
@@ -296,6 +313,7 @@ class EngineLoop:
             finished_rows=self._finished_rows,
             waiting_prompts=len(self._line),
             max_resident=engine.max_resident,
+            shortages=engine.stats.shortages,
         )
 
     def _fail(self, error: BaseException) -> None:

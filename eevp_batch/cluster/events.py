@@ -1,19 +1,23 @@
 """The job's diary: one JSON object a line in `_eevp/events.jsonl`, for people and for `status`.
 
-Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `job_started` or
-`job_resumed`.
+Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `job_started`,
+`job_resumed` or `retry_started`.
 
 | event | further fields |
 |---|---|
 | `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
+| `retry_started` | `chunks`, `rows` (error rows that are tried again), `replicas`, `pid` |
 | `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s`, `machine` |
 | `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
-| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase` |
+| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase`, of a suspect also `span` |
+| `row_set_aside` | `chunk_id`, `number` (of the row in what was leased), `deaths` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
+| `memory_shortage` | `replica`, `steps` (that ran out of memory), `max_resident` (from then on) |
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
 | `learning_started` | `replica`, `chunks` (how many it learns from) |
 | `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |
 | `audit_drift` | `rows`, `disagreement`, `interval`, `bound`, `stops_exits` |
+| `chunk_set_aside` | `chunk_id`, `problems`, `records` (where they are now); before `job_resumed` |
 | `job_draining` | `chunks_in_flight` |
 | `job_finished` | `wall_s`, `rows_ok`, `rows_error`, `generated_tokens`, `replica_deaths` |
 | `job_interrupted`, `job_failed` | `reason`, `chunks_committed`, `wall_s` |

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import Replica, ReplicaReady
 from eevp_batch.errors import EevpError, JobFailedError
-from eevp_batch.storage.plan import Chunk
 
 _PID = re.compile(r"\bpid: (\d+)")
 
@@ -34,6 +34,9 @@ class Resources:
 
     num_cpus: float
     num_gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs"
 
     @property
     def num_threads(self) -> int:
@@ -99,6 +102,10 @@ class Outcome:
 class Fleet:
     """The job's slots and the calls under way.
 
+    Attributes:
+        slots: its places for replicas.
+        resources: what each replica asks of Ray.
+
     Args:
         namespace: Ray namespace of the actors.
         size: how many slots.
@@ -117,7 +124,8 @@ class Fleet:
     ) -> None:
         self._stderr_tail = stderr_tail
         self.slots = [Slot(index) for index in range(size)]
-        self._namespace, self._resources = namespace, resources
+        self.resources = resources
+        self._namespace = namespace
         # Stored once, not with each replica that is started.
         self._arguments = [ray.put(argument) for argument in arguments]
         self._actor: Any = ray.remote(Replica)
@@ -129,8 +137,8 @@ class Fleet:
         slot.handle = self._actor.options(
             name=slot.name,
             namespace=self._namespace,
-            num_cpus=self._resources.num_cpus,
-            num_gpus=self._resources.num_gpus,
+            num_cpus=self.resources.num_cpus,
+            num_gpus=self.resources.num_gpus,
             max_concurrency=1000,
             # The coordinator owns every retry: Ray would repeat a chunk under the same epoch.
             max_restarts=0,
@@ -138,9 +146,9 @@ class Fleet:
         ).remote(slot.name, *self._arguments)
         self._remember(slot.handle.ready.remote(), slot, "ready")
 
-    def process(self, slot: Slot, lease: Lease, chunk: Chunk) -> None:
+    def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send a lease to the slot's replica."""
-        self._remember(slot.handle.process.remote(lease, chunk), slot, "process", lease)
+        self._remember(slot.handle.process.remote(lease, task), slot, "process", lease)
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask the slot's replica to learn exits."""
@@ -148,17 +156,17 @@ class Fleet:
         self._remember(slot.handle.learn.remote(order), slot, "learn")
 
     def poll(self) -> None:
-        """Ask each ready replica that has answered the last poll for its progress."""
+        """Ask each replica that has answered the last poll for its progress, once it can."""
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
         for slot in self.slots:
-            if slot.ready is not None and slot.index not in asked:
+            if slot.handle is not None and slot.index not in asked:
                 self._remember(slot.handle.progress.remote(), slot, "progress")
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
         """Wait for calls to end; yields the outcome of each that has.
 
         Raises:
-            JobFailedError: the local Ray itself has died.
+            JobFailedError: Ray itself has died.
         """
         if not self._calls:
             time.sleep(timeout_s)
@@ -166,7 +174,7 @@ class Fleet:
         try:
             done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         except RayError as error:
-            raise JobFailedError(f"the local Ray has died: {error}") from error
+            raise JobFailedError(f"Ray has died: {error}") from error
         for ref in done:
             slot, call, lease = self._calls.pop(ref)
             yield self._outcome(ref, slot, call, lease)
@@ -192,7 +200,10 @@ class Fleet:
             text = str(error if cause is None else cause)
             return Outcome(slot, call, lease, failed=text, is_ours=isinstance(cause, EevpError))
         except RayError as error:
-            return Outcome(slot, call, lease, lost=_reason(str(error), self._stderr_tail))
+            reason = _reason(str(error), self._stderr_tail)
+            if slot.progress.doing:  # stderr is that of this machine only
+                reason += f"\nwhen last heard of, it: {slot.progress.doing}"
+            return Outcome(slot, call, lease, lost=reason)
 
     def _remember(self, ref: Any, slot: Slot, call: Call, lease: Lease | None = None) -> None:
         self._calls[ref] = (slot, call, lease)

@@ -1,34 +1,41 @@
-"""Run one job from its plan to its `_SUCCESS`, on a local Ray of its own."""
+"""Run one job from its plan to its `_SUCCESS`, on a Ray of its own or on a cluster."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from eevp_batch import __version__
+from eevp_batch.cluster import rules
+from eevp_batch.cluster.attached_ray import attached_ray
+from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
-from eevp_batch.cluster.fleet import Fleet, Resources
+from eevp_batch.cluster.fleet import Fleet
 from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
-from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError, UsageError
+from eevp_batch.cluster.resources import cpus_to_offer, offered, replica_resources
+from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
-from eevp_batch.spec import ClusterSpec, JobSpec
+from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.learned import clean_learned
+from eevp_batch.storage.patches import find_patches
 from eevp_batch.storage.plan import Plan
+from eevp_batch.storage.repair import set_damage_aside
+from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 
 
@@ -42,7 +49,7 @@ class JobResult:
         chunks_before: how many chunks that were.
         wall_s: seconds of this run, from Ray's start to `_SUCCESS`.
         working_s: seconds of them from the first replica's readiness to the last commit.
-        success: what `_SUCCESS` holds.
+        success: what `_SUCCESS` holds; nothing where a retry leaves chunks to do.
     """
 
     totals: ChunkStats
@@ -64,8 +71,12 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     on_message: Callable[[str], None] | None = None,
     dashboard: bool | None = None,
+    retry: Sequence[str] | None = None,
+    repairs: bool = False,
 ) -> JobResult:
     """Generate for every chunk of the plan that is not committed yet, verify, write `_SUCCESS`.
+
+    Or try error rows again: then `_SUCCESS` is written where the job was done but for these.
 
     Args:
         spec: the job.
@@ -77,10 +88,13 @@ def run_job(
         on_message: told what a person wants to know as it happens; prints to stderr by default.
         dashboard: whether a local Ray serves its dashboard; by default unless the environment has
             EEVP_DASHBOARD=0.
+        retry: try only rows in error again, those of these classes; empty: all but skipped rows.
+        repairs: whether chunks whose parts or records are damaged are done again.
 
     Raises:
         JobInterruptedError: SIGINT or SIGTERM; what is committed stays, running again resumes.
-        TooManyErrorsError: more rows failed than `run.max_error_rate` allows.
+        TooManyErrorsError: more rows failed than `run.max_error_rate` or `run.max_errors` allow;
+            running again with a higher limit resumes.
         JobFailedError: replicas kept dying, their code failed, or storage did.
         UsageError: another process runs this job, or the machine lacks what a replica asks for.
         VerifyFailedError: the output does not account for every row.
@@ -94,9 +108,14 @@ def run_job(
         on_progress=on_progress or (lambda progress: None),
         on_message=on_message or _print_message,
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
+        retry=retry,
+        repairs=repairs,
     )
-    with run.committer.lock(), Interrupts() as interrupts:
-        return run.run(interrupts)
+    try:
+        with run.committer.lock(), Interrupts() as interrupts:
+            return run.run(interrupts)
+    except OSError as error:
+        raise JobFailedError(f"{store.text}: {error}") from error
 
 
 class _Run:
@@ -112,9 +131,12 @@ class _Run:
         on_progress: Callable[[Progress], None],
         on_message: Callable[[str], None],
         dashboard: bool,
+        retry: Sequence[str] | None,
+        repairs: bool,
     ) -> None:
         self.spec, self.model, self.plan, self.store = spec, model, plan, store
         self.build, self.dashboard = build, dashboard
+        self.retry, self.repairs = retry, repairs
         self.on_progress, self.on_message = on_progress, on_message
         self.committer = Committer(store, plan)
         self.events = EventLog(store)
@@ -132,40 +154,91 @@ class _Run:
             raise
         except OSError as error:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
-            raise JobFailedError(f"{self.store.text}: {error}") from error
+            raise
+
+    def _repair(self) -> None:
+        """Set damaged chunks aside, and say which and why."""
+        count = 0
+        for found in set_damage_aside(self.store, self.plan):
+            count += 1
+            fields = {"problems": found.problems, "records": found.records}
+            self.events.write("chunk_set_aside", chunk_id=found.chunk_id, **fields)
+            self.on_message(f"repair: {found.text}")
+        if not count:
+            self.on_message("repair: no chunk is damaged")
 
     def _run(self, interrupts: Interrupts) -> JobResult:
+        if self.repairs:
+            self._repair()
         self.committer.clean_attempts()
         clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()
-        self.events.write(
-            "job_resumed" if done else "job_started",
-            chunks=len(self.plan.chunks),
-            chunks_committed=len(done),
-            replicas=self.spec.cluster.replicas,
-            pid=os.getpid(),
-        )
-        if len(done) == len(self.plan.chunks):
+        phases = Phases(self.spec, self.plan, self.store, self._attempts())
+        backlog = self._backlog(phases, done)
+        self._write_start(backlog, len(done))
+        if not backlog.num_chunks:
             return self._finish(before, before, len(done), 0.0, Recoveries())
-        with local_ray(_cpus_to_offer(self.spec.cluster), self.dashboard) as local:
+        if backlog.is_retry:
+            self.committer.reopen()
+        else:
+            rules.check_errors(before, self.spec.run, self.plan.num_rows)
+        with self._ray() as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")
-            coordinator = self._coordinate(interrupts, local, done, before)
+            num_done = 0 if backlog.is_retry else len(done)
+            coordinator = self._coordinate(interrupts, local, backlog, phases, num_done, before)
         return self._finish(
             coordinator.totals, before, len(done), coordinator.working_s, coordinator.recoveries
         )
 
+    def _backlog(self, phases: Phases, done: set[int]) -> Backlog:
+        """What there is to do."""
+        max_attempts = self.spec.run.max_attempts
+        if self.retry is not None:
+            patches = {p.chunk_id: p for p in find_patches(self.committer, self.retry)}
+            if not patches:
+                self.on_message(f"no row in error{_of(self.retry)} is there to be tried again")
+            return Backlog.retry(self.plan, patches, max_attempts)
+        to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
+        return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
+
+    def _write_start(self, backlog: Backlog, num_done: int) -> None:
+        facts = {"replicas": self.spec.cluster.replicas, "pid": os.getpid()}
+        if self.retry is not None:
+            rows = backlog.retried_rows
+            self.events.write("retry_started", chunks=backlog.num_chunks, rows=rows, **facts)
+            return
+        self.events.write(
+            "job_resumed" if num_done else "job_started",
+            chunks=len(self.plan.chunks),
+            chunks_committed=num_done,
+            **facts,
+        )
+
+    def _ray(self) -> AbstractContextManager[LocalRay]:
+        cluster = self.spec.cluster
+        if cluster.address is not None:
+            return attached_ray(cluster.address)
+        return local_ray(cpus_to_offer(cluster), self.dashboard)
+
     def _coordinate(
-        self, interrupts: Interrupts, local: LocalRay, done: set[int], before: ChunkStats
+        self,
+        interrupts: Interrupts,
+        local: LocalRay,
+        backlog: Backlog,
+        phases: Phases,
+        num_done: int,
+        before: ChunkStats,
     ) -> Coordinator:
         """Run the coordinator on a fleet that ends with it."""
-        resources = replica_resources(self.spec.cluster, _offered())
+        resources = replica_resources(self.spec.cluster, offered())
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
         build = self.build or partial(_load, *job, resources.num_threads)
         fleet = Fleet(
-            namespace=self.plan.run_id,
+            # Of this run alone: replicas of a driver that was killed may still be ending.
+            namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",
             size=self.spec.cluster.replicas,
             resources=resources,
             arguments=(build, self.spec, small_plan, self.store.text),
@@ -177,11 +250,12 @@ class _Run:
             fleet=fleet,
             committer=self.committer,
             events=self.events,
-            done=done,
+            backlog=backlog,
+            num_done=num_done,
             totals=before,
             on_progress=self.on_progress,
             on_message=self.on_message,
-            phases=Phases(self.spec, self.plan, self.store, self._attempts()),
+            phases=phases,
         )
         self.coordinator = coordinator
         interrupts.drain_with(coordinator.drain)
@@ -211,7 +285,12 @@ class _Run:
             "working_s": round(working_s, 3),
             **asdict(recoveries),
         }
-        success = self.committer.finish(run_info)
+        rules.check_errors(totals, self.spec.run, self.plan.num_rows)
+        is_done = self.retry is None or chunks_before == len(self.plan.chunks)
+        if not is_done:
+            left = len(self.plan.chunks) - chunks_before
+            self.on_message(f"{left} chunks of the job are still to do; `submit` goes on with them")
+        success = self.committer.finish(run_info) if is_done else {}
         self.events.write(
             "job_finished",
             wall_s=round(self._wall_s, 3),
@@ -245,51 +324,15 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        self.events.write(
-            event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
-        )
-
-
-def replica_resources(cluster: ClusterSpec, offered: dict[str, float]) -> Resources:
-    """What each replica asks of Ray; `auto` shares out what there is.
-
-    CPUs: an equal share in whole cores, one at least. GPUs: one each; replicas share where there
-    are fewer GPUs than replicas; none where there is none.
-
-    Args:
-        cluster: what the job says.
-        offered: Ray's resources, `CPU` and `GPU` among them.
-
-    Raises:
-        UsageError: the job asks for more than there is, so that a replica would wait for ever.
-    """
-    cpus, gpus = offered.get("CPU", 0.0), offered.get("GPU", 0.0)
-    if cluster.cpus_per_replica == "auto":
-        num_cpus = max(1.0, float(cpus // cluster.replicas))
-    else:
-        num_cpus = cluster.cpus_per_replica
-    if cluster.gpus_per_replica == "auto":
-        num_gpus = min(1.0, gpus / cluster.replicas)
-    else:
-        num_gpus = cluster.gpus_per_replica
-    for name, each, there in (("cpus", num_cpus, cpus), ("gpus", num_gpus, gpus)):
-        if each * cluster.replicas > there + 1e-6:
-            raise UsageError(
-                f"cluster.{name}_per_replica: found {each:g} for each of {cluster.replicas} "
-                f"replicas; allowed: {there:g} in all, which is what Ray has here"
+        events = EventLog(self.store.with_patience(NO_PATIENCE))
+        with contextlib.suppress(OSError):  # storage may be what failed; the error is told anyway
+            events.write(
+                event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
             )
-    return Resources(num_cpus=num_cpus, num_gpus=num_gpus)
 
 
-def _cpus_to_offer(cluster: ClusterSpec) -> int:
-    """Logical CPUs of a local Ray: this process's cores, and more where the job asks for more."""
-    each = 1.0 if cluster.cpus_per_replica == "auto" else cluster.cpus_per_replica
-    return max(len(os.sched_getaffinity(0)), math.ceil(cluster.replicas * each))
-
-
-def _offered() -> dict[str, float]:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources
+def _of(classes: Sequence[str]) -> str:
+    return f" of class {' or '.join(classes)}" if classes else ""
 
 
 def _load(

@@ -4,6 +4,9 @@ A chunk is in exactly one of the three states. Each lease of the table carries a
 larger than every earlier one; an attempt counts only while its lease is the current one of its
 chunk, so an attempt of a replica that was given up (a zombie) is told apart by its epoch alone.
 
+A chunk that was on several replicas that died is a *suspect*: it is leased alone, to a replica that
+holds nothing else, so that the next death says something about it (`bisection`).
+
 Committed chunks are counted, not kept: what the table holds is bounded by what is leased, plus one
 small entry for each chunk that has been on a replica that died.
 """
@@ -17,6 +20,9 @@ from dataclasses import dataclass
 from eevp_batch.errors import StaleAttemptError
 from eevp_batch.records import Phase
 
+SUSPECT_AFTER = 2
+"""Deaths in company after which a chunk is leased alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
@@ -27,6 +33,7 @@ class Lease:
         attempt_no: 1 for the first attempt at the chunk in this run.
         replica: name of the replica that holds it.
         phase: how the attempt is to be made.
+        is_alone: whether the chunk is a suspect, and the replica holds nothing else.
     """
 
     chunk_id: int
@@ -34,6 +41,7 @@ class Lease:
     attempt_no: int
     replica: str
     phase: Phase = "exits"
+    is_alone: bool = False
 
 
 class LeaseTable:
@@ -48,6 +56,9 @@ class LeaseTable:
         self._untouched = iter(chunk_ids)
         self._num_untouched = num_chunks
         self._returned: list[int] = []
+        self._suspects: list[int] = []
+        self._reserved: set[str] = set()
+        self._phases: dict[int, Phase] = {}
         self._leased: dict[int, Lease] = {}
         self._held: dict[str, dict[int, Lease]] = {}
         self._deaths: dict[int, int] = {}
@@ -56,7 +67,7 @@ class LeaseTable:
 
     @property
     def num_pending(self) -> int:
-        return self._num_untouched + len(self._returned)
+        return self._num_untouched + len(self._returned) + len(self._suspects)
 
     @property
     def num_leased(self) -> int:
@@ -67,7 +78,20 @@ class LeaseTable:
         return self.num_pending + self.num_leased
 
     def lease(self, replica: str, phase: Phase = "exits") -> Lease | None:
-        """Lease the next pending chunk to `replica`; None when nothing is pending."""
+        """Lease the next pending chunk to `replica`.
+
+        Returns:
+            None when nothing is pending, while the replica holds a suspect, and while it is to get
+            empty for one: as many replicas as there are suspects waiting.
+        """
+        held = self._held.get(replica, {})
+        if any(lease.is_alone for lease in held.values()):
+            return None
+        if self._suspects and not held:
+            self._reserved.discard(replica)
+            return self._grant(heapq.heappop(self._suspects), replica, phase, is_alone=True)
+        if self._is_reserved(replica):
+            return None
         if self._returned:
             chunk_id = heapq.heappop(self._returned)
         elif self._num_untouched:
@@ -75,7 +99,25 @@ class LeaseTable:
             self._num_untouched -= 1
         else:
             return None
-        lease = Lease(chunk_id, self._next_epoch, 1 + self.deaths(chunk_id), replica, phase)
+        return self._grant(chunk_id, replica, phase, is_alone=False)
+
+    def _is_reserved(self, replica: str) -> bool:
+        """Keep as many replicas for suspects as there are suspects, this one if need be."""
+        if len(self._reserved) > len(self._suspects):
+            self._reserved.discard(replica)
+        elif len(self._reserved) < len(self._suspects):
+            self._reserved.add(replica)
+        return replica in self._reserved
+
+    def _grant(self, chunk_id: int, replica: str, phase: Phase, *, is_alone: bool) -> Lease:
+        lease = Lease(
+            chunk_id=chunk_id,
+            epoch=self._next_epoch,
+            attempt_no=1 + self.deaths(chunk_id),
+            replica=replica,
+            phase=self._phases.get(chunk_id, phase),
+            is_alone=is_alone,
+        )
         self._next_epoch += 1
         self._leased[chunk_id] = lease
         self._held.setdefault(replica, {})[chunk_id] = lease
@@ -96,23 +138,39 @@ class LeaseTable:
         Raises:
             StaleAttemptError: the lease is not the current one of its chunk.
         """
+        self._end(lease)
+        self._deaths.pop(lease.chunk_id, None)
+        self._phases.pop(lease.chunk_id, None)
+        self.num_committed += 1
+
+    def put_back(self, lease: Lease) -> None:
+        """End a suspect's lease that gave a piece of it; the other pieces get the same phase.
+
+        Raises:
+            StaleAttemptError: the lease is not the current one of its chunk.
+        """
+        self._end(lease)
+        self._phases[lease.chunk_id] = lease.phase
+        heapq.heappush(self._suspects, lease.chunk_id)
+
+    def release(self, replica: str) -> list[Lease]:
+        """Take back every lease of a replica that died; its chunks are pending again."""
+        leases = list(self._held.pop(replica, {}).values())
+        self._reserved.discard(replica)
+        for lease in leases:
+            del self._leased[lease.chunk_id]
+            deaths = self._deaths[lease.chunk_id] = self.deaths(lease.chunk_id) + 1
+            is_suspect = deaths >= SUSPECT_AFTER
+            heapq.heappush(self._suspects if is_suspect else self._returned, lease.chunk_id)
+        return leases
+
+    def _end(self, lease: Lease) -> None:
         if self._leased.get(lease.chunk_id) != lease:
             raise StaleAttemptError(
                 f"chunk {lease.chunk_id:05d}: the attempt of epoch {lease.epoch} "
                 f"({lease.replica}) is stale; current: {self.current_epoch(lease.chunk_id)}"
             )
         del self._leased[lease.chunk_id], self._held[lease.replica][lease.chunk_id]
-        self._deaths.pop(lease.chunk_id, None)
-        self.num_committed += 1
-
-    def release(self, replica: str) -> list[Lease]:
-        """Take back every lease of a replica that died; its chunks are pending again."""
-        leases = list(self._held.pop(replica, {}).values())
-        for lease in leases:
-            del self._leased[lease.chunk_id]
-            self._deaths[lease.chunk_id] = self.deaths(lease.chunk_id) + 1
-            heapq.heappush(self._returned, lease.chunk_id)
-        return leases
 
     def deaths(self, chunk_id: int) -> int:
         """How many replicas died in this run while they held the chunk."""

@@ -68,7 +68,7 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
         ClusterError: Ray did not start.
     """
     if ray.is_initialized():
-        yield LocalRay()
+        yield LocalRay(logs=current_logs())
         return
     folder = _short_folder()
     marker = uuid.uuid4().hex
@@ -100,12 +100,20 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
     return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
 
 
-def _patch_ray() -> None:
-    """Set what Ray reads from the environment only when it is imported, which may be long ago.
+def current_logs() -> Path | None:
+    """Where the Ray that this process is connected to logs on this machine."""
+    node = ray._private.worker._global_node
+    return Path(node.get_logs_dir_path()) if node else None
 
-    The second one keeps its reports of dead workers off our stdout; the coordinator tells of them.
-    """
+
+def _patch_ray() -> None:
+    """Set what Ray reads from the environment only when it is imported, which may be long ago."""
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    be_quiet()
+
+
+def be_quiet() -> None:
+    """Keep Ray's reports of dead workers off our stdout; the coordinator tells of them."""
     ray._private.worker._worker_logs_enabled = False
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from eevp_batch.cluster.engine_loop import EngineCounters, RowEngine, row_failure
+from eevp_batch.cluster.engine_loop import RowEngine, row_failure
 from eevp_batch.errors import RowError
 from eevp_batch.records import Generation, Phase, Prompt, RowFailure
 
@@ -16,6 +16,7 @@ class _Sum:
     """Counters over all engines so far."""
 
     exit_histogram: Counter[int]
+    shortages: int
 
     @property
     def tokens(self) -> int:
@@ -36,7 +37,7 @@ class PhasedEngine:
         self._engine: RowEngine | None = make(phase)
         self._phase = phase
         self._max_resident = self._engine.max_resident
-        self._before: Counter[int] = Counter()
+        self._before = _Sum(Counter(), 0)
         self._waiting: list[Prompt] = []
 
     @property
@@ -52,9 +53,12 @@ class PhasedEngine:
         return self._max_resident
 
     @property
-    def stats(self) -> EngineCounters:
-        now = Counter[int]() if self._engine is None else self._engine.stats.exit_histogram
-        return _Sum(self._before + now)
+    def stats(self) -> _Sum:
+        before = self._before
+        if self._engine is None:
+            return before
+        now = self._engine.stats
+        return _Sum(before.exit_histogram + now.exit_histogram, before.shortages + now.shortages)
 
     @property
     def _is_empty(self) -> bool:
@@ -76,7 +80,7 @@ class PhasedEngine:
 
     def release(self) -> None:
         """Give the engine up, which has to be idle; it is made again when needed."""
-        self._before = self.stats.exit_histogram
+        self._before = self.stats
         self._engine = None
 
     def _change(self) -> list[RowFailure]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.learning import LearnAttempt, Learning, LearnOrder
+from eevp_batch.cluster.news import News
 from eevp_batch.fitted_config import certified_delta
 from eevp_batch.records import AuditCounts, Phase
 from eevp_batch.spec import JobSpec
@@ -15,19 +14,6 @@ from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.learned import Learned
 from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What the event log and a person are told.
-
-    Attributes:
-        text: one sentence.
-    """
-
-    event: str
-    text: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 class Phases:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Any
 
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.records import ChunkStats
@@ -53,18 +55,41 @@ class Recoveries:
 
     Attributes:
         chunks_returned: leases that went back because their replica died.
+        rows_set_aside: rows that kill replicas and became error rows.
+        memory_shortages: steps that ran out of memory, and were done again with fewer rows.
     """
 
     replica_deaths: int = 0
     chunks_returned: int = 0
     attempts_discarded: int = 0
+    rows_set_aside: int = 0
+    memory_shortages: int = 0
 
     def __add__(self, other: Recoveries) -> Recoveries:
         return Recoveries(
             replica_deaths=self.replica_deaths + other.replica_deaths,
             chunks_returned=self.chunks_returned + other.chunks_returned,
             attempts_discarded=self.attempts_discarded + other.attempts_discarded,
+            rows_set_aside=self.rows_set_aside + other.rows_set_aside,
+            memory_shortages=self.memory_shortages + other.memory_shortages,
         )
+
+
+class Stopwatch:
+    """Adds up the seconds spent in blocks.
+
+    Attributes:
+        total_s: of all blocks so far.
+    """
+
+    def __init__(self) -> None:
+        self.total_s = self._entered_s = 0.0
+
+    def __enter__(self) -> None:
+        self._entered_s = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.total_s += time.monotonic() - self._entered_s
 
 
 class Meter:
@@ -73,10 +98,18 @@ class Meter:
     Args:
         committed: totals of earlier runs.
         now_s: monotonic time of the run's start.
+        rows_total: rows that the run is about, those of earlier runs that count as done included.
+        rows_before: rows that count as done at its start.
+
+    Attributes:
+        rows_settled: rows done for good.
     """
 
-    def __init__(self, committed: ChunkStats, now_s: float) -> None:
-        self._rows_before = committed.rows
+    def __init__(
+        self, committed: ChunkStats, now_s: float, rows_total: int, rows_before: int
+    ) -> None:
+        self._rows_total, self._rows_before = rows_total, rows_before
+        self.rows_settled = rows_before
         self._histogram = Counter(committed.exit_histogram)
         self._seen: dict[int, tuple[str, LoopProgress]] = {}
         self._window: deque[tuple[float, int]] = deque()
@@ -123,7 +156,34 @@ class Meter:
         then_s, tokens_then = self._window[0]
         return (self.tokens - tokens_then) / (now_s - then_s) if now_s > then_s else None
 
-    def eta_s(self, rows_done: int, rows_total: int, now_s: float) -> float | None:
+    def progress(
+        self, now_s: float, *, open_rows: int, waited_s: float, storage_s: float, **facts: Any
+    ) -> Progress:
+        """The job at this moment.
+
+        Args:
+            now_s: monotonic time.
+            open_rows: finished rows that are not settled yet.
+            waited_s: seconds that the coordinator has waited.
+            storage_s: seconds that it has spent on storage.
+            facts: the attributes of `Progress` that no meter knows.
+        """
+        rows_done, elapsed_s = self.rows_settled + open_rows, now_s - self.started_s
+        return Progress(
+            rows_total=self._rows_total,
+            rows_done=rows_done,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens_per_s(now_s),
+            mean_exit_layer=self.mean_exit_layer,
+            eta_s=self.eta_s(rows_done, now_s),
+            elapsed_s=elapsed_s,
+            coordinator_s=elapsed_s - waited_s - storage_s,
+            storage_s=storage_s,
+            **facts,
+        )
+
+    def eta_s(self, rows_done: int, now_s: float) -> float | None:
         """Seconds left at this run's own rate."""
         rows = rows_done - self._rows_before
-        return (rows_total - rows_done) * self.working_s(now_s) / rows if rows > 0 else None
+        left = self._rows_total - rows_done
+        return left * self.working_s(now_s) / rows if rows > 0 else None

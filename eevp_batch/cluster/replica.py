@@ -8,6 +8,7 @@ at a time; one thread runs the engine, two others read, encode and write beside 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 import traceback
@@ -18,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import (
     Build,
     ChunkWork,
@@ -30,17 +32,20 @@ from eevp_batch.cluster.engine_loop import (
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.machine import describe_machine
+from eevp_batch.cluster.selection import Selection, select_rows, take_rows
+from eevp_batch.cluster.watchdog import watch
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
-from eevp_batch.storage.chunks import iter_rows, read_chunk, unreadable_rows
+from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids, unreadable_rows
 from eevp_batch.storage.commit import Attempt, write_attempt
-from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.store import Store
 
 __all__ = ["Replica", "ReplicaReady", "RowEncoder", "RowEngine"]
 
 _IO_THREADS = 2
+_STORAGE_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class Replica:
         self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="eevp-io")
         self._started_s = time.monotonic()
         self._loop = EngineLoop(build)
+        watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
         """Wait until the engine is built.
@@ -99,14 +105,14 @@ class Replica:
             machine=describe_machine(),
         )
 
-    async def process(self, lease: Lease, chunk: Chunk) -> Attempt:
+    async def process(self, lease: Lease, task: ChunkTask) -> Attempt:
         """Generate for a chunk's rows and write the attempt; overlaps with other leases.
 
         Raises:
             JobFailedError: an exception that belongs to no row.
         """
         try:
-            return await self._process(lease, chunk)
+            return await self._process(lease, task)
         except Exception as error:
             raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
 
@@ -128,47 +134,68 @@ class Replica:
             raise _told(error, f"{self._name}, learning exits") from error
 
     async def progress(self) -> LoopProgress:
-        """Counters of the engine."""
+        """Counters of the engine, and what it is doing."""
         return self._loop.progress()
 
-    async def _process(self, lease: Lease, chunk: Chunk) -> Attempt:
+    async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:
         started_unix_s = time.time()
         _, encoder = await asyncio.wrap_future(self._loop.built)
         run = asyncio.get_running_loop().run_in_executor
-        source, work = await run(self._io, self._load, lease, chunk, encoder)
-        result = await asyncio.wrap_future(self._loop.submit(work))
+        loaded = await run(self._io, self._load, lease, task, encoder)
+        result = await asyncio.wrap_future(self._loop.submit(loaded.work))
         return await run(
             self._io,
             lambda: write_attempt(
                 self._store,
                 self._plan,
                 self._spec,
-                chunk,
+                task.chunk,
                 lease.epoch,
                 lease.attempt_no,
-                source,
+                loaded.source,
                 result.generations,
-                result.failures,
+                loaded.selection.failures(result.failures),
                 self._name,
                 started_unix_s,
                 lease.phase,
+                task.patch.number if task.patch else 0,
+                task.pieces if task.is_whole else (),
             ),
         )
 
-    def _load(self, lease: Lease, chunk: Chunk, encoder: RowEncoder) -> tuple[pa.Table, ChunkWork]:
-        """Read a chunk's rows and encode them."""
+    def _load(self, lease: Lease, task: ChunkTask, encoder: RowEncoder) -> _Loaded:
+        """Read a chunk's rows and encode those that are to run."""
+        chunk = task.chunk
         source = read_chunk(self._plan, chunk, encoder.columns)
-        needed = source.select(_unique([self._spec.input.id_column, *encoder.columns]))
+        ids = table_ids(source, self._plan, self._plan.files[chunk.file_index].path)
+        selection = select_rows(self._store, task, ids)
+        needed = _unique([self._spec.input.id_column, *encoder.columns])
+        part = take_rows(source, selection.run)
         prompts, failures = encode_rows(
-            iter_rows(needed),
-            unreadable_rows(source, self._plan.kept_columns),
+            iter_rows(part.select(needed)),
+            unreadable_rows(part, _unique([*encoder.columns, *self._plan.kept_columns])),
             self._spec.input.id_column,
             encoder,
             self._spec.sampling.n,
             lease.epoch,
             lease.phase,
+            self._spec.run.row_timeout_s,
         )
-        return source, ChunkWork(lease.epoch, prompts, failures)
+        work = ChunkWork(lease.epoch, prompts, failures)
+        return _Loaded(take_rows(source, selection.accounted), selection, work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a task has to do.
+
+    Attributes:
+        source: the rows that the attempt accounts for by itself.
+    """
+
+    source: pa.Table
+    selection: Selection
+    work: ChunkWork
 
 
 def encode_rows(
@@ -179,17 +206,20 @@ def encode_rows(
     n: int,
     tag: int,
     phase: Phase = "exits",
+    timeout_s: float | None = None,
 ) -> tuple[list[Prompt], list[RowFailure]]:
     """Encode each row once, for n samples; a row that cannot be done becomes a failure.
 
     Args:
         rows: the chunk's rows in order.
-        unreadable: column by number of the rows whose kept columns cannot be carried over.
+        unreadable: column by number of the rows that have text which is not UTF-8 in a column that
+            is needed.
         id_column: the column of row ids.
         encoder: encodes a row's prompt.
         n: prompts per row.
         tag: goes into each prompt.
         phase: goes into each prompt.
+        timeout_s: goes into each prompt.
     """
     prompts: list[Prompt] = []
     failures: list[RowFailure] = []
@@ -201,7 +231,8 @@ def encode_rows(
         except RowError as error:
             failures.append(row_failure(row[id_column], error))
             continue
-        prompts += [Prompt(row[id_column], token_ids, sample, tag, phase) for sample in range(n)]
+        row_id = row[id_column]
+        prompts += [Prompt(row_id, token_ids, sample, tag, phase, timeout_s) for sample in range(n)]
     return prompts, failures
 
 
@@ -221,7 +252,8 @@ def _text(error: Exception) -> str:
 
 def _told(error: Exception, where: str) -> JobFailedError:
     """The error as one that crosses Ray whole: a single text. A bug brings its traceback along."""
-    if isinstance(error, EevpError):
+    refuses = isinstance(error, OSError) and error.errno in _STORAGE_REFUSES
+    if refuses or isinstance(error, EevpError):
         return JobFailedError(f"{where}: {_text(error)}")
     origin = "".join(traceback.format_exception(error)).rstrip()
     return JobFailedError(f"{where}: {_text(error)}\n{origin}")

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
-from eevp_batch.errors import TooManyErrorsError
+from eevp_batch.errors import RowSkippedError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
+from eevp_batch.spec import RunSpec
 from eevp_batch.storage.plan import Plan
 
 
-def check_error_rate(totals: ChunkStats, max_error_rate: float, num_rows: int) -> None:
+def check_errors(totals: ChunkStats, run: RunSpec, num_rows: int) -> None:
     """Stop as soon as it is certain; at the latest the last commit tells.
+
+    Rows that were skipped on purpose count as no errors.
 
     Args:
         totals: of the committed chunks.
-        max_error_rate: `run.max_error_rate`.
+        run: its `max_error_rate` and `max_errors`.
         num_rows: planned rows.
 
     Raises:
         TooManyErrorsError: more rows failed than the job allows.
     """
-    allowed = math.floor(max_error_rate * num_rows + 1e-9)
-    if totals.rows_error > allowed:
-        classes = ", ".join(f"{n} {name}" for name, n in totals.error_classes.most_common())
+    counted = Counter(totals.error_classes)
+    del counted[RowSkippedError.__name__]
+    by_rate = math.floor(run.max_error_rate * num_rows + 1e-9)
+    limits = [(by_rate, f"run.max_error_rate {run.max_error_rate} allows {by_rate} of {num_rows}")]
+    if run.max_errors is not None:
+        limits.append((run.max_errors, f"run.max_errors allows {run.max_errors}"))
+    allowed, text = min(limits)
+    if counted.total() > allowed:
+        classes = ", ".join(f"{n} {name}" for name, n in counted.most_common())
         raise TooManyErrorsError(
-            f"{totals.rows_error} of {totals.rows} rows are in error ({classes}); "
-            f"run.max_error_rate {max_error_rate} allows {allowed} of {num_rows}"
+            f"{counted.total()} of {totals.rows} rows are in error ({classes}); {text}; with a "
+            "higher limit the same command goes on, and `retry-errors` tries these rows again"
         )
 
 

@@ -5,6 +5,7 @@ The queues decide, the model computes, the engine introduces them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -15,19 +16,21 @@ from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.exits import Decision, ExitRule
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
-from eevp_batch.engine.packing import pack
+from eevp_batch.engine.packing import PackedTokens, pack
 from eevp_batch.engine.prefixes import Prefixes
 from eevp_batch.engine.proposals import Proposal
 from eevp_batch.engine.residents import Residents
 from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import ScoredTokens, Sequence, ShortPrompt
+from eevp_batch.engine.shortage import is_out_of_memory
 from eevp_batch.engine.stats import EngineStats
 from eevp_batch.engine.stops import StopStrings
 from eevp_batch.errors import (
     EngineStalledError,
     NonFiniteScoresError,
     RowError,
+    RowTimeoutError,
     UsageError,
 )
 from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
@@ -129,8 +132,8 @@ class Engine:
 
     @property
     def max_resident(self) -> int:
-        """Most sequences that can ever be resident."""
-        return self._limits.max_resident
+        """Most sequences that can be resident; fewer once memory has run out."""
+        return self._residents.max_resident
 
     @property
     def is_idle(self) -> bool:
@@ -140,7 +143,7 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether another prompt could become resident now; adding beyond it only queues."""
-        return len(self._residents.arrivals) < self.pool.num_free_seats
+        return len(self._residents.arrivals) < self._residents.num_free_seats
 
     def add(self, prompt: Prompt) -> None:
         """Queue one prompt; it becomes resident when memory allows."""
@@ -197,6 +200,9 @@ class Engine:
     def step(self) -> list[Generation | RowFailure]:
         """Run one batch through one segment; returns what it finished.
 
+        Where memory runs out the batch halves and its sequences start again; one that does not fit
+        alone fails.
+
         Raises:
             EngineStalledError: nothing could run although work remains.
         """
@@ -214,13 +220,31 @@ class Engine:
         sequences = self._residents.grow(sequences)
         if not sequences:  # all of them start again
             return [*refused]
-        tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
-        states = self.runner.run(depth, tokens)
-        decision = self._rule.decide(depth, states, ScoredTokens.of(sequences, tokens.scored))
+        found = self._run(depth, sequences)
+        if found is None:
+            cost = sum(_cost(depth, sequence) for sequence in sequences)
+            too_large = self._residents.make_do(sequences, cost)
+            return [*refused, *(_failure(*found) for found in too_large)]
+        tokens, decision = found
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
         self.stats.packed_tokens += tokens.num_tokens
         return [*refused, *self._record(depth, sequences, tokens.scored, decision)]
+
+    def _run(self, depth: int, sequences: list[Sequence]) -> tuple[PackedTokens, Decision] | None:
+        """What the model and the exits say of a batch; None where memory ran out.
+
+        With the exception go the activations that its traceback keeps alive.
+        """
+        try:
+            tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
+            states = self.runner.run(depth, tokens)
+            scored = ScoredTokens.of(sequences, tokens.scored)
+            return tokens, self._rule.decide(depth, states, scored)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _record(
         self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
@@ -228,7 +252,7 @@ class Engine:
         """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
         results: list[Generation | RowFailure] = []
         exit_layer = self._model.exit_layers[depth]
-        stop = 0
+        stop, now_s = 0, time.monotonic()
         for sequence, positions in zip(sequences, scored, strict=True):
             start, stop = stop, stop + len(positions)
             if not all(decision.is_finite[start:stop]):
@@ -238,6 +262,9 @@ class Engine:
                 )
                 results.append(_failure(sequence, error))
                 self._residents.taint(sequence)
+                self._residents.leave(sequence)
+            elif now_s > sequence.deadline_s:
+                results.append(_failure(sequence, _timeout(sequence)))
                 self._residents.leave(sequence)
             elif not decision.leaves[stop - 1]:
                 sequence.mark_filled(depth)
@@ -299,6 +326,13 @@ def _cost(depth: int, sequence: Sequence) -> int:
     """About as many packed tokens as what a sequence brings into segment `depth` costs."""
     waiting = sequence.waiting(depth)
     return len(waiting.run) + waiting.num_projected // PROJECTED_PER_RUN
+
+
+def _timeout(sequence: Sequence) -> RowTimeoutError:
+    return RowTimeoutError(
+        f"not finished after {sequence.prompt.timeout_s:g} seconds in the engine "
+        f"(run.row_timeout_s); {sequence.num_generated} tokens had been generated"
+    )
 
 
 def _failure(sequence: Sequence, error: RowError) -> RowFailure:

@@ -50,11 +50,15 @@ def fill_prefix(
     prefix = Sequence(prompt, model.num_segments, 1, 0, short_prompt=short)
     pool.seat_prefix(prefix, list(shared), num_shared)
     num_packed = 0
-    for depth in range(model.num_segments):
-        tokens = pack([prefix], depth, pool, model.layers.row_multiple)
-        model.run_segment(depth, tokens, pool)
-        prefix.mark_filled(depth)
-        num_packed += tokens.num_tokens
+    try:
+        for depth in range(model.num_segments):
+            tokens = pack([prefix], depth, pool, model.layers.row_multiple)
+            model.run_segment(depth, tokens, pool)
+            prefix.mark_filled(depth)
+            num_packed += tokens.num_tokens
+    except BaseException:
+        pool.drop(pool.unseat_prefix(prefix))
+        raise
     pages, num_kept = pool.unseat_prefix(prefix), pool.pages_for(length)
     pool.drop(pages[num_kept:])
     return FilledPrefix(pages[:num_kept], num_packed)

@@ -12,7 +12,13 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from eevp_batch.errors import EmptyPromptError, PromptRenderError, PromptTooLongError, UsageError
+from eevp_batch.errors import (
+    EmptyPromptError,
+    PromptRenderError,
+    PromptTooLongError,
+    RowSkippedError,
+    UsageError,
+)
 from eevp_batch.spec import InputSpec, PromptSpec
 
 
@@ -79,6 +85,7 @@ class PromptEncoder:
             EmptyPromptError: null, empty, or no token.
             PromptRenderError: the template raised, or the messages are not messages.
             PromptTooLongError: over the limit and `on_overlong` is `error`.
+            RowSkippedError: over the limit and `on_overlong` is `skip`.
         """
         text = self._text(row)
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=not self._is_chat)[
@@ -90,9 +97,8 @@ class PromptEncoder:
             return token_ids
         if self._prompt.on_overlong == "truncate_left":
             return token_ids[-self.max_tokens :]
-        raise PromptTooLongError(
-            f"{len(token_ids)} prompt tokens; allowed: at most {self.max_tokens}"
-        )
+        kind = RowSkippedError if self._prompt.on_overlong == "skip" else PromptTooLongError
+        raise kind(f"{len(token_ids)} prompt tokens; allowed: at most {self.max_tokens}")
 
     def _text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
@@ -108,7 +114,7 @@ class PromptEncoder:
     def _render(self, template: Template, row: Mapping[str, Any]) -> str:
         try:
             return template.render(row)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # whatever a template raises concerns this row alone
             raise PromptRenderError(f"prompt.template: {type(error).__name__}: {error}") from error
 
     def _apply_chat(self, content: Any) -> str:
@@ -126,5 +132,5 @@ class PromptEncoder:
                     messages, add_generation_prompt=True, tokenize=False
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # as above
             raise PromptRenderError(f"chat template: {type(error).__name__}: {error}") from error

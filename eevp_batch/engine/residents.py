@@ -1,4 +1,4 @@
-"""Who is in memory: arrivals are admitted, grow, and start again where pages run out.
+"""Who is in memory: arrivals are admitted, grow, and start again where it runs out.
 
 Knows pages, seats and prefixes. A resident sequence always stands in a queue or in the batch at
 hand.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import deque
 from typing import Protocol
 
@@ -17,8 +18,9 @@ from eevp_batch.engine.limits import Limits
 from eevp_batch.engine.prefixes import LOOK_AHEAD, Prefixes
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Sequence, ShortPrompt
+from eevp_batch.engine.shortage import is_out_of_memory, release_cached
 from eevp_batch.engine.stats import EngineStats
-from eevp_batch.errors import PromptTooLongError
+from eevp_batch.errors import PromptTooLongError, RowTooLargeError
 
 EXPECT_AFTER = 32
 """Finished generations after which their mean length tells how much memory the next will need."""
@@ -48,6 +50,7 @@ class Residents:
         arrivals: who waits for memory, in order.
         pool: keys and values.
         prefixes: beginnings that several prompts share.
+        max_resident: most sequences in memory.
     """
 
     def __init__(
@@ -66,9 +69,15 @@ class Residents:
         self.pool = model.make_pool(limits.num_pages, limits.max_resident, limits.max_pages)
         self.prefixes = Prefixes(self.pool)
         self.arrivals: deque[Sequence] = deque()
+        self.max_resident = limits.max_resident
         self._step_tokens = limits.step_tokens
         self._entering = 0  # prompt tokens that wait for the first segment
         self._by_seat: dict[int, Sequence] = {}  # the last admitted one last
+
+    @property
+    def num_free_seats(self) -> int:
+        """Sequences that may still become resident."""
+        return min(self.pool.num_free_seats, self.max_resident - len(self._by_seat))
 
     def admit(self) -> list[tuple[Sequence, PromptTooLongError]]:
         """Make arrivals resident while they fit; returns those that never will.
@@ -114,6 +123,40 @@ class Residents:
                     self._restart(next(reversed(self._by_seat.values())))
         return [sequence for sequence in sequences if sequence.seat >= 0]
 
+    def make_do(
+        self, sequences: list[Sequence], cost: int
+    ) -> list[tuple[Sequence, RowTooLargeError]]:
+        """Go on after memory ran out in a run, with half as much at a time from now on.
+
+        The batch starts again, for nobody knows how far the run got; who starts again comes out the
+        same. A sequence that ran alone is tried once more; those are returned that ran alone twice.
+
+        Args:
+            sequences: the batch.
+            cost: packed tokens that it brought.
+        """
+        self._stats.shortages += 1
+        release_cached(self.pool.device)
+        if len(sequences) == 1:
+            (sequence,) = sequences
+            sequence.shortages_alone += 1
+            if sequence.shortages_alone > 1:
+                error = RowTooLargeError(
+                    f"memory ran out at {len(sequence.token_ids)} tokens although the row ran alone"
+                )
+                self.leave(sequence)
+                return [(sequence, error)]
+        else:
+            queues = self._queues
+            queues.max_batch = len(sequences) // 2
+            queues.full_batch = min(queues.full_batch, queues.max_batch)
+            queues.max_tokens = max(1, min(queues.max_tokens, cost) // 2)
+            self._step_tokens = min(self._step_tokens, queues.max_tokens)
+            self.max_resident = max(1, self.max_resident // 2)
+        for sequence in reversed(sequences):
+            self._restart(sequence)
+        return []
+
     def leave(self, sequence: Sequence) -> None:
         """Take back what a resident sequence holds."""
         del self._by_seat[sequence.seat]
@@ -126,7 +169,7 @@ class Residents:
 
     def _seat(self, sequence: Sequence) -> bool:
         """Make a sequence resident, with the prefix that it shares; False when it does not fit."""
-        if not self.pool.num_free_seats:
+        if self.num_free_seats <= 0:
             return False
         if self._shares_prefixes:
             waiting = list(itertools.islice(self.arrivals, 1, 1 + LOOK_AHEAD))
@@ -140,6 +183,9 @@ class Residents:
         self.pool.admit(sequence, expected, shared, num_shared)
         self._stats.shared_tokens += num_shared
         self._by_seat[sequence.seat] = sequence
+        timeout_s = sequence.prompt.timeout_s
+        if timeout_s is not None and sequence.deadline_s == math.inf:
+            sequence.deadline_s = time.monotonic() + timeout_s
         self._watch(sequence.seat, sequence.token_ids, start=True)
         self._queues.push(0, sequence)
         return True
@@ -161,9 +207,16 @@ class Residents:
         if not self.pool.can_admit(num_run, num_shared):
             return
         token_ids = sequence.token_ids[:num_run]
-        filled = fill_prefix(
-            self._model, self.pool, token_ids, length, self._short_prompt, shared, num_shared
-        )
+        try:
+            filled = fill_prefix(
+                self._model, self.pool, token_ids, length, self._short_prompt, shared, num_shared
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shares_prefixes = False  # prompts run a few at a time, a prefix all at once
+            self._stats.shortages += 1
+            return
         self._stats.packed_tokens += filled.num_packed
         self.prefixes.keep(token_ids[:length], filled.pages)
 

@@ -5,6 +5,7 @@ Knows positions and counts; touches no tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -125,7 +126,9 @@ class Sequence:
         self.pages: list[int] = []
         self.promised = 0  # pages that it counts on and does not have yet
         self.seat = -1
+        self.deadline_s = math.inf  # monotonic
         self.finish_reason: str | None = None
+        self.shortages_alone = 0  # how often memory ran out while it ran alone
 
     @property
     def num_prompt(self) -> int:

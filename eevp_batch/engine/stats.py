@@ -18,6 +18,7 @@ class EngineStats:
         packed_tokens: tokens that went through a segment, prompts included.
         shared_tokens: prompt tokens whose keys/values another row had left.
         restarts: how often a sequence had to start again because memory ran out.
+        shortages: how often a run found no memory for its activations.
         exit_histogram: emitted tokens by exit layer; a draft counts once it stands.
         accepted_drafts, rejected_drafts: under `verify`, judgements of the last layer on drafts, by
             the layer that these left after: how often each exit agrees with full depth. A draft
@@ -29,6 +30,7 @@ class EngineStats:
     packed_tokens: int = 0
     shared_tokens: int = 0
     restarts: int = 0
+    shortages: int = 0
     finished: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
     accepted_drafts: Counter[int] = field(default_factory=Counter)

@@ -34,6 +34,8 @@ class Attempt:
         generations: output rows.
         id_digest: `ids_digest` of the row ids in both files.
         phase: how the rows were run.
+        patch: 0 for the whole chunk; 1.. for the rows that this patch of it tried again, its error
+            rows being all that the chunk has left.
     """
 
     chunk_id: int
@@ -54,6 +56,7 @@ class Attempt:
     started_unix_s: float
     finished_unix_s: float
     phase: Phase = "exits"
+    patch: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -84,17 +87,22 @@ def write_attempt(
     replica: str,
     started: float,
     phase: Phase = "exits",
+    patch: int = 0,
+    pieces: Sequence[Attempt] = (),
 ) -> Attempt:
     """Write a chunk's results durably and describe them.
 
-    `source` is what `read_chunk` gave for this chunk, `started` the unix seconds at which the
-    replica began with it. File names carry the epoch and a random part: no two writers share one.
+    `source` holds the rows that the results are of, from what `read_chunk` gave for this chunk;
+    `started` is the unix seconds at which the replica began with it. What is in `pieces`, attempts
+    at other rows of the chunk, becomes part of this one. File names carry the epoch and a random
+    part: no two writers share one.
 
     Raises:
         EngineError: a row has no result, two results, or not all of its samples.
         OSError: the storage refused.
     """
-    data, errors = build_tables(plan, spec, chunk, attempt_no, source, generations, failures, phase)
+    own = build_tables(plan, spec, chunk, attempt_no, source, generations, failures, phase)
+    data, errors = join_pieces(store, pieces, own) if pieces else own
     token = uuid.uuid4().hex[:8]
     compression = spec.output.compression
     data_file = _write(store, layout.attempt_data(chunk.chunk_id, epoch, token), data, compression)
@@ -103,6 +111,7 @@ def write_attempt(
     )
     finished = time.time()
     stats = ChunkStats.of(list(generations), list(failures), max(finished - started, 0.0))
+    stats = sum((piece.stats for piece in pieces), start=stats)
     return Attempt(
         chunk_id=chunk.chunk_id,
         epoch=epoch,
@@ -122,7 +131,27 @@ def write_attempt(
         started_unix_s=started,
         finished_unix_s=finished,
         phase=phase,
+        patch=patch,
     )
+
+
+Tables = tuple[Any | None, Any | None]
+
+
+def join_pieces(store: Store, pieces: Sequence[Attempt], own: Tables) -> Tables:
+    """The two tables of a chunk that was run piece by piece, oldest piece first."""
+    data = [_read(store, piece.data_path) for piece in pieces]
+    errors = [_read(store, piece.errors_path) for piece in pieces]
+    return _joined([*data, own[0]]), _joined([*errors, own[1]])
+
+
+def _read(store: Store, rel: str | None) -> Any | None:
+    return None if rel is None else pq.read_table(pa.BufferReader(store.read(rel)))
+
+
+def _joined(tables: Sequence[Any | None]) -> Any | None:
+    found = [table for table in tables if table is not None]
+    return pa.concat_tables(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)

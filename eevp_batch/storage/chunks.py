@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from eevp_batch.errors import EngineError, InputError, JobFailedError
 from eevp_batch.records import Generation, Phase, RowFailure, RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.ids import ids_digest
-from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.inputs import InputParquet, patiently
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.scan import plain_ids
 from eevp_batch.storage.schema import error_schema, output_schema, plain_type
@@ -42,7 +43,8 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
         _check_unchanged(file, planned.footer_hash)
         _check_named(file, names)
         stop = chunk.row_start + chunk.num_rows
-        batches = list(file.batches(names, chunk.row_start, stop, _BATCH_ROWS))
+        read = partial(file.batches, names, chunk.row_start, stop, _BATCH_ROWS)
+        batches = patiently(planned.path, lambda: list(read()))
     except (InputError, OSError, pa.ArrowException) as error:
         raise JobFailedError(f"chunk {chunk.name}: {planned.path}: {error}") from error
     table = _plain_table(pa.Table.from_batches(batches))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
 from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
+PATIENCE = Patience()
 _MAGIC = b"PAR1"
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
 # all of it.
 _READ_BUFFER_BYTES = 1 << 20
+_Answer = TypeVar("_Answer")
 
 
 def list_inputs(paths: str | Sequence[str]) -> list[str]:
@@ -126,11 +129,11 @@ class InputParquet:
             InputError: it is missing, unreadable or not Parquet.
         """
         location = locate(text)
-        info = location.filesystem.get_file_info(location.path)
+        info = patiently(text, partial(location.filesystem.get_file_info, location.path))
         if info.type != pa.fs.FileType.File:
             raise InputError(text, "input.path", "no such file", _ALLOWED)
         try:
-            return _open(text, info.size, info.mtime_ns)
+            return patiently(text, partial(_open, text, info.size, info.mtime_ns))
         except (OSError, pa.ArrowException) as error:
             raise InputError(text, "input.path", str(error), "a readable Parquet file") from error
 
@@ -177,6 +180,19 @@ class InputParquet:
                 first = first if groups else begin
                 groups.append(index)
         return groups, first
+
+
+def patiently(text: str, operation: Callable[[], _Answer]) -> _Answer:
+    """Read from an input file, again where an error may pass.
+
+    Args:
+        text: names it.
+        operation: reads.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return keep_trying(operation, f"reading {text}", PATIENCE)
 
 
 @lru_cache(maxsize=8)

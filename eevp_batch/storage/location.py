@@ -2,6 +2,9 @@
 
 A local path is taken literally: spaces, `#`, `%` and any letter are part of the name. Only a text
 with `scheme://` is a URI, and only there `%20` means a space. Nothing here opens a file.
+
+Clients of object stores retry by themselves; here they are told how often, because `retries` tries
+again above them.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
@@ -18,6 +22,14 @@ import pyarrow.fs
 from eevp_batch.errors import UsageError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+
+# One operation on an object store asks at most so often before `retries` hears of it (S3), or for
+# so long (Google): enough for a blip in the middle of a Parquet file that is read in many requests.
+CLIENT_TRIES = 3
+CLIENT_RETRY_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 15.0  # without a byte
+
 _SECRET_OPTIONS = {"access_key", "secret_key", "session_token", "account_key", "sas_token"}
 
 
@@ -57,7 +69,30 @@ def locate(text: str | os.PathLike[str]) -> Location:
         filesystem, path = pa.fs.FileSystem.from_uri(encoded)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UsageError(f"{shown}: not a URI that pyarrow.fs can open: {error}") from error
-    return Location(filesystem, path, encoded)
+    return Location(_with_few_retries(filesystem), path, encoded)
+
+
+def client_options(filesystem: Any) -> dict[str, Any]:
+    """What a pyarrow filesystem was opened with: by name, as its constructor takes it."""
+    _, (options,) = filesystem.__reduce__()
+    return dict(options)
+
+
+def _with_few_retries(filesystem: Any) -> Any:
+    """The same filesystem with time limits and a number of tries of our own choice."""
+    if filesystem.type_name == "s3":
+        own = {
+            "retry_strategy": pa.fs.AwsStandardS3RetryStrategy(max_attempts=CLIENT_TRIES),
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "request_timeout": REQUEST_TIMEOUT_S,
+            "allow_delayed_open": True,  # a small file is one PUT
+        }
+    elif filesystem.type_name == "gcs":
+        own = {"retry_time_limit": timedelta(seconds=CLIENT_RETRY_S)}
+    else:
+        return filesystem
+    rebuild, (options,) = filesystem.__reduce__()
+    return rebuild({**options, **own})
 
 
 def join(text: str, relative: str) -> str:

@@ -179,6 +179,8 @@ def open_plan(store: Store, fresh: Plan, resolved_yaml: str = "") -> Plan:
         except FileExistsError:
             pass  # Another process planned the same folder just now; its plan is compared below.
     stored = read_plan(store)
+    store.settle("")
+    store.settle(layout.META_DIR)
     if stored.fingerprint != fresh.fingerprint:
         raise ResumeRefusedError(store.text, changed_fields(stored.fields, fresh.fields))
     return stored

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,9 +16,6 @@ from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.store import Store
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
-
-# Where no lock tells, a job without an event for so long is taken to be gone.
-SILENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,6 @@ class _LastRun:
     tokens: int = 0
     tokens_per_s: float | None = None
     last_event: str | None = None
-    last_unix_s: float | None = None
     reason: str | None = None
     drift: dict[str, Any] | None = None
 
@@ -85,31 +80,30 @@ class _LastRun:
             self.tokens_per_s = self.tokens / (unix_s - self.ready_unix_s)
 
 
-def read_status(store: Store, now_unix_s: float | None = None) -> Status:
-    """Read plan, commit records and events; nothing is written.
+def read_status(store: Store) -> Status:
+    """Read plan, commit records, events and lock; nothing is written.
 
-    `now_unix_s` is the time to judge silence by; the clock's where not given.
+    A lock that a process on another machine may have left is watched for some seconds.
 
     Raises:
         UsageError: the folder holds no job.
         JobFailedError: its plan or a record is damaged.
     """
-    now = time.time() if now_unix_s is None else now_unix_s
     plan = read_plan(store)
     run = _last_run(store)
     totals, chunks_done = ChunkStats(), 0
     begin, last = math.inf, None
-    for record in Committer(store, plan).records():
-        attempt = record.attempt
+    for chunk in Committer(store, plan).chunks():
         chunks_done += 1
-        totals += attempt.stats
-        begin, last = min(attempt.started_unix_s, begin), max(attempt.finished_unix_s, last or 0.0)
+        totals += chunk.stats
+        begin = min(chunk.attempts[0].started_unix_s, begin)
+        last = max(chunk.last.finished_unix_s, last or 0.0)
     rate = run.tokens_per_s
     if not run.is_known and last is not None and last > begin:
         rate = totals.generated_tokens / (last - begin)  # a job without an event log
     return Status(
         run_id=plan.run_id,
-        state=_state(store, run, chunks_done, now),
+        state=_state(store, run, chunks_done),
         rows_total=plan.num_rows,
         chunks_total=len(plan.chunks),
         chunks_done=chunks_done,
@@ -144,7 +138,7 @@ def _last_run(store: Store) -> _LastRun:
     run = _LastRun()
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
-        if kind in ("job_started", "job_resumed"):
+        if kind in ("job_started", "job_resumed", "retry_started"):
             run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s, drift=run.drift)
         elif kind == "replica_ready" and run.ready_unix_s is None:
             run.ready_unix_s = unix_s
@@ -152,7 +146,7 @@ def _last_run(store: Store) -> _LastRun:
             run.commit(unix_s, int(event.get("generated_tokens", 0)))
         elif kind == "audit_drift":
             run.drift = event
-        run.last_event, run.last_unix_s = kind, unix_s
+        run.last_event = kind
         run.reason = event.get("reason") if _is_last(kind) else None
     return run
 
@@ -161,15 +155,11 @@ def _is_last(event: str | None) -> bool:
     return event in ("job_finished", "job_interrupted", "job_failed")
 
 
-def _state(store: Store, run: _LastRun, chunks_done: int, now: float) -> State:
-    locked = store.is_locked(layout.LOCK)
-    if locked:
+def _state(store: Store, run: _LastRun, chunks_done: int) -> State:
+    if store.is_locked(layout.LOCK):
         return "running"
     if store.exists(layout.SUCCESS):
         return "done"
-    silent_s = now - (run.last_unix_s or 0.0)
-    if locked is None and not _is_last(run.last_event) and silent_s < SILENCE_S:
-        return "running"
     if run.last_event == "job_failed":
         return "failed"
     return "interrupted" if run.last_event or chunks_done else "planned"

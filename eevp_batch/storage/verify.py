@@ -8,22 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eevp_batch.errors import JobFailedError
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
-from eevp_batch.storage.attempts import Attempt
-from eevp_batch.storage.commit_record import CommitRecord, committed_chunks, read_record
+from eevp_batch.storage.commit_record import CommittedChunk, patch_counts, read_committed
 from eevp_batch.storage.fingerprint import fingerprint_of
 from eevp_batch.storage.ids import ids_digest
+from eevp_batch.storage.part_file import PartFile
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
-from eevp_batch.storage.schema import error_schema, part_differences, schema_differences
 from eevp_batch.storage.store import Store
 
 _NAMED_CHUNKS = 10
@@ -39,6 +35,7 @@ class VerifyReport:
         rows_ok, rows_error: rows found in readable parts of committed chunks.
         data_parts, errors_parts: published files that were read.
         totals: the counters of all commit records.
+        damaged: the problems of each chunk that has a record, or a part without one.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -48,8 +45,15 @@ class VerifyReport:
     data_parts: int = 0
     errors_parts: int = 0
     totals: ChunkStats = field(default_factory=ChunkStats)
+    damaged: dict[int, list[str]] = field(default_factory=dict)
     data_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
     errors_checksum: Any = field(default_factory=hashlib.sha256, repr=False)
+
+    def add(self, chunk_id: int, problems: Iterable[str]) -> None:
+        """Take in what is wrong with one chunk."""
+        for problem in problems:
+            self.problems.append(problem)
+            self.damaged.setdefault(chunk_id, []).append(problem)
 
     @property
     def parts(self) -> int:
@@ -93,27 +97,25 @@ def verify_parts(store: Store, plan: Plan) -> VerifyReport:
     report = VerifyReport(rows_in=plan.num_rows)
     report.problems += _plan_problems(plan)
     missing: list[Chunk] = []
-    # One flag per chunk and folder: a set of names would grow to gigabytes in a large job.
-    published = {name: bytearray(len(plan.chunks)) for name in (layout.DATA_DIR, layout.ERRORS_DIR)}
+    patches, published = patch_counts(store), _Published(len(plan.chunks))
     kinds: dict[str, Any] = {}
     for chunk in plan.chunks:
         try:
-            record = read_record(store, chunk.chunk_id)
+            found = read_committed(store, chunk.chunk_id, patches[chunk.chunk_id])
         except JobFailedError as error:
-            report.problems.append(str(error))
+            report.add(chunk.chunk_id, [str(error)])
             continue
-        if record is None:
+        if found is None:
             missing.append(chunk)
             continue
-        published[layout.DATA_DIR][chunk.chunk_id] = record.attempt.data_path is not None
-        published[layout.ERRORS_DIR][chunk.chunk_id] = record.attempt.errors_path is not None
-        report.totals += record.attempt.stats
-        report.problems += _record_problems(record, plan, chunk)
-        report.problems += _check_chunk(store, plan, chunk, record.attempt, report, kinds)
+        published.add(found)
+        report.totals += found.stats
+        report.add(chunk.chunk_id, _record_problems(found, plan, chunk))
+        report.add(chunk.chunk_id, _check_chunk(store, plan, chunk, found, report, kinds))
     report.problems += _missing_problems(missing, len(plan.chunks))
-    report.problems += _stray_problems(store, plan, published)
-    found = report.rows_ok + report.rows_error
-    if found != plan.num_rows:
+    _add_strays(report, store, plan, published, patches)
+    num_found = report.rows_ok + report.rows_error
+    if num_found != plan.num_rows:
         report.problems.append(
             f"{layout.PLAN}: {plan.num_rows} rows in, but {report.rows_ok} rows ok and "
             f"{report.rows_error} rows in error"
@@ -130,134 +132,83 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
         yield f"{layout.PLAN}: the chunks are not numbered 0 to {len(plan.chunks) - 1}"
 
 
-def _record_problems(record: CommitRecord, plan: Plan, chunk: Chunk) -> Iterator[str]:
-    attempt, rel = record.attempt, layout.commit_record(chunk.chunk_id)
-    data = layout.data_part(chunk.chunk_id) if attempt.rows_ok else None
-    errors = layout.errors_part(chunk.chunk_id) if attempt.rows_error else None
-    facts = [
-        ("fingerprint", record.fingerprint, plan.fingerprint),
-        ("chunk_id", attempt.chunk_id, chunk.chunk_id),
-        ("rows", attempt.rows_ok + attempt.rows_error, chunk.num_rows),
-        ("counted rows", attempt.stats.rows, chunk.num_rows),
-        ("id_digest", attempt.id_digest, chunk.id_digest),
-        ("data_path", attempt.data_path, data),
-        ("errors_path", attempt.errors_path, errors),
-    ]
-    for name, found, expected in facts:
-        if found != expected:
-            yield f"{rel}: {name} is {found}, expected {expected}"
+def _record_problems(found: CommittedChunk, plan: Plan, chunk: Chunk) -> Iterator[str]:
+    num_rows = chunk.num_rows
+    for patch, record in enumerate(found.records):
+        attempt, rel = record.attempt, layout.commit_record(chunk.chunk_id, patch)
+        data = layout.data_part(chunk.chunk_id, patch) if attempt.rows_ok else None
+        errors = layout.errors_part(chunk.chunk_id, patch) if attempt.rows_error else None
+        facts = [
+            ("fingerprint", record.fingerprint, plan.fingerprint),
+            ("chunk_id", attempt.chunk_id, chunk.chunk_id),
+            ("patch", attempt.patch, patch),
+            ("rows", attempt.rows_ok + attempt.rows_error, num_rows),
+            ("counted rows", attempt.stats.rows, num_rows),
+            ("id_digest", attempt.id_digest, attempt.id_digest if patch else chunk.id_digest),
+            ("data_path", attempt.data_path, data),
+            ("errors_path", attempt.errors_path, errors),
+        ]
+        for name, value, expected in facts:
+            if value != expected:
+                yield f"{rel}: {name} is {value}, expected {expected}"
+        num_rows = attempt.rows_error  # a patch is of the rows that were in error before it
 
 
 def _check_chunk(
     store: Store,
     plan: Plan,
     chunk: Chunk,
-    attempt: Attempt,
+    found: CommittedChunk,
     report: VerifyReport,
     kinds: dict[str, Any],
 ) -> Iterator[str]:
     """Read a chunk's parts, count them in the report, and yield what is wrong with them."""
-    data = errors = None
-    if attempt.data_path is not None:
-        data = _Part.read(store, attempt.data_path, attempt.data_sha256)
-        yield from data.problems
-        report.data_parts += data.content is not None
-        report.data_checksum.update(data.checksum_line)
-    if attempt.errors_path is not None:
-        errors = _Part.read(store, attempt.errors_path, attempt.errors_sha256)
-        yield from errors.problems
-        report.errors_parts += errors.content is not None
-        report.errors_checksum.update(errors.checksum_line)
-    for part in (data, errors):
-        if part is not None and part.table is not None:
-            first = kinds.setdefault("data" if part is data else "errors", part.table.schema)
-            yield from part.schema_problems(plan, first, is_data=part is data)
-    if any(part is not None and not part.has_columns for part in (data, errors)):
-        return
-    yield from _content_problems(plan, chunk, attempt, data, errors, report)
-
-
-@dataclass
-class _Part:
-    """One published file, read whole: a part holds one chunk."""
-
-    rel: str
-    content: bytes | None = None
-    table: Any = None
-    problems: list[str] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, store: Store, rel: str, sha256: str | None) -> _Part:
-        """Read, check and decode one file; what is wrong with it goes into `problems`."""
-        part = cls(rel)
-        try:
-            part.content = store.read(rel)
-        except FileNotFoundError:
-            part.problems.append(f"{rel}: the file is missing")
-            return part
-        except OSError as error:
-            part.problems.append(f"{rel}: cannot be read: {error}")
-            return part
-        if hashlib.sha256(part.content).hexdigest() != sha256:
-            part.problems.append(
-                f"{rel}: the checksum is not the recorded one; the file was altered"
-            )
-        try:
-            part.table = pq.read_table(pa.BufferReader(part.content))
-            part.table.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
-            part.problems.append(f"{rel}: not a readable Parquet file: {error}")
-            part.table = None
-        return part
-
-    @property
-    def checksum_line(self) -> bytes:
-        if self.content is None:
-            return b""
-        return f"{hashlib.sha256(self.content).hexdigest()}  {self.rel}\n".encode()
-
-    @property
-    def has_columns(self) -> bool:
-        return self.table is not None and "row_id" in self.table.column_names
-
-    def column(self, name: str) -> list[Any]:
-        """A column's values; empty where the file is unreadable or has no such column."""
-        if self.table is None or name not in self.table.column_names:
-            return []
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
-
-    def schema_problems(self, plan: Plan, first: Any, is_data: bool) -> Iterator[str]:
-        """What tells the columns and metadata from the planned ones and from the first part's."""
-        found = self.table.schema
-        if is_data:
-            differences = part_differences(
-                found, plan.kept_columns, plan.id_type, plan.extras, plan.metadata
-            )
-        else:
-            differences = schema_differences(found, error_schema(plan.id_type, plan.metadata))
-        for difference in differences:
-            yield f"{self.rel}: {difference}"
-        if not found.equals(first, check_metadata=False):
-            yield f"{self.rel}: the columns differ from those of the first part"
+    data = [
+        PartFile.read(store, attempt.data_path, attempt.data_sha256)
+        for attempt in found.attempts
+        if attempt.data_path is not None
+    ]
+    last = found.last
+    errors = (
+        []
+        if last.errors_path is None
+        else [PartFile.read(store, last.errors_path, last.errors_sha256)]
+    )
+    for part in (*data, *errors):
+        yield from part.problems
+    report.data_parts += sum(part.content is not None for part in data)
+    report.errors_parts += sum(part.content is not None for part in errors)
+    for part in data:
+        report.data_checksum.update(part.checksum_line)
+    for part in errors:
+        report.errors_checksum.update(part.checksum_line)
+    for name, parts in (("data", data), ("errors", errors)):
+        for part in parts:
+            if part.table is not None:
+                if not part.problems:  # a damaged part is no measure for the others
+                    kinds.setdefault(name, part.table.schema)
+                first = kinds.get(name, part.table.schema)
+                yield from part.schema_problems(plan, first, is_data=name == "data")
+    if all(part.has_columns for part in (*data, *errors)):
+        yield from _content_problems(plan, chunk, found, data, errors, report)
 
 
 def _content_problems(
     plan: Plan,
     chunk: Chunk,
-    attempt: Attempt,
-    data: _Part | None,
-    errors: _Part | None,
+    found: CommittedChunk,
+    data: list[PartFile],
+    errors: list[PartFile],
     report: VerifyReport,
 ) -> Iterator[str]:
     """Count a chunk's rows and samples in the report, and yield what does not add up."""
-    done = data.column("row_id") if data else []
-    failed = errors.column("row_id") if errors else []
-    samples = Counter(zip(done, data.column("sample_index") if data else [], strict=False))
+    done = _column(data, "row_id")
+    failed = _column(errors, "row_id")
+    samples = Counter(zip(done, _column(data, "sample_index"), strict=False))
     report.rows_ok += len(set(done))
     report.rows_error += len(failed)
     rows = Counter(set(done)) + Counter(failed)
-    names = " and ".join(part.rel for part in (data, errors) if part)
+    names = " and ".join(part.rel for part in (*data, *errors))
     for row_id in (row_id for row_id, count in rows.items() if count > 1):
         yield f"{names}: row {row_id!r} stands twice"
     for (row_id, sample), count in samples.items():
@@ -268,8 +219,12 @@ def _content_problems(
         yield f"{names}: not every row has the samples 0 to {plan.num_samples - 1}"
     if ids_digest(rows.elements()) != chunk.id_digest:
         yield f"{names}: the row ids are not those of chunk {chunk.name}"
-    if sum(data.column("generated_tokens") if data else []) != attempt.stats.generated_tokens:
+    if sum(_column(data, "generated_tokens")) != found.stats.generated_tokens:
         yield f"{names}: the generated tokens are not those that the commit record counts"
+
+
+def _column(parts: list[PartFile], name: str) -> list[Any]:
+    return [value for part in parts for value in part.column(name)]
 
 
 def _missing_problems(missing: list[Chunk], total: int) -> Iterator[str]:
@@ -280,17 +235,63 @@ def _missing_problems(missing: list[Chunk], total: int) -> Iterator[str]:
         yield f"{len(missing)} of {total} chunks have no commit record: {names}{more}"
 
 
-def _stray_problems(store: Store, plan: Plan, published: dict[str, bytearray]) -> Iterator[str]:
-    """Files that a reader of the folder would take for output, but that no record names."""
-    for folder, flags in published.items():
-        for name in store.list(folder):
+class _Published:
+    """The parts that commit records name.
+
+    One flag per chunk and folder, for a set of names would grow to gigabytes in a large job; names
+    of patches' parts are kept, for they are few.
+    """
+
+    def __init__(self, num_chunks: int) -> None:
+        folders = (layout.DATA_DIR, layout.ERRORS_DIR)
+        self.flags = {name: bytearray(num_chunks) for name in folders}
+        self.patched: set[str] = set()
+
+    def add(self, found: CommittedChunk) -> None:
+        """Take in a chunk's parts: every data part, the last errors part."""
+        paths = [attempt.data_path for attempt in found.attempts] + [found.last.errors_path]
+        for path in (path for path in paths if path is not None):
+            folder, _, name = path.partition("/")
             chunk_id = layout.part_chunk_id(name)
-            known = chunk_id is not None and chunk_id < len(flags) and flags[chunk_id]
-            if name[0] not in "._" and not known:
-                yield f"{folder}/{name}: no commit record names this file"
-    for chunk_id in sorted(committed_chunks(store)):
+            if chunk_id is None:
+                self.patched.add(path)
+            elif folder in self.flags and chunk_id < len(self.flags[folder]):
+                self.flags[folder][chunk_id] = True
+
+    def has(self, folder: str, name: str) -> bool:
+        """Whether a record names this file."""
+        chunk_id, flags = layout.part_chunk_id(name), self.flags[folder]
+        if chunk_id is None:
+            return f"{folder}/{name}" in self.patched
+        return chunk_id < len(flags) and bool(flags[chunk_id])
+
+
+def _add_strays(
+    report: VerifyReport,
+    store: Store,
+    plan: Plan,
+    published: _Published,
+    patches: Mapping[int, int],
+) -> None:
+    """Files that a reader of the folder would take for output, but that no record names."""
+    for folder in published.flags:
+        for name in store.list(folder):
+            problem = f"{folder}/{name}: no commit record names this file"
+            if name[0] in "._" or published.has(folder, name):
+                continue
+            key = layout.part_key(name)
+            if key is None or key[0] >= len(plan.chunks):
+                report.problems.append(problem)
+            else:
+                report.add(key[0], [problem])
+    for chunk_id, patch in sorted(
+        filter(None, map(layout.record_key, store.names(layout.COMMITS_DIR)))
+    ):
+        rel = layout.commit_record(chunk_id, patch)
         if chunk_id >= len(plan.chunks):
-            yield f"{layout.commit_record(chunk_id)}: the plan has no such chunk"
+            report.add(chunk_id, [f"{rel}: the plan has no such chunk"])
+        elif patch > patches.get(chunk_id, 0):
+            report.add(chunk_id, [f"{rel}: a patch of what is not recorded"])
 
 
 def _success_problems(store: Store, summary: dict[str, Any]) -> Iterator[str]:

@@ -52,8 +52,8 @@ class Job:
     def out(self) -> Path:
         return Path(self.store.text)
 
-    def run(self, script: Script, **run: Any) -> JobResult:
-        """Run it; `run` replaces settings of the job's `run` section."""
+    def run(self, script: Script, retry: Sequence[str] | None = None, **run: Any) -> JobResult:
+        """Run it, or retry its error rows; `run` replaces settings of the job's `run` section."""
         spec = self.spec.model_copy(update={"run": self.spec.run.model_copy(update=run)})
         return run_job(
             spec,
@@ -64,6 +64,7 @@ class Job:
             on_progress=self.on_progress or self.progress.append,
             on_message=self.messages.append,
             dashboard=False,
+            retry=retry,
         )
 
     def rows(self) -> list[dict[str, Any]]:

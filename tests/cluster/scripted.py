@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eevp_batch.cluster.engine_loop import Build
-from eevp_batch.errors import EmptyPromptError, EngineError, NonFiniteScoresError
+from eevp_batch.errors import EmptyPromptError, EngineError, NonFiniteScoresError, RowTimeoutError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId, TokenExit
 
 NUM_LAYERS = 6
@@ -34,9 +35,13 @@ class Script:
         step_s: seconds that a step takes.
         build_s: seconds that building takes.
         failing: rows that become error rows.
+        late: rows that become error rows because their time is over.
         raising: rows whose admission raises an error that belongs to no row.
         killing: rows whose admission kills the process, by SIGKILL.
-        once: a file; killing happens only to the one that creates it.
+        hanging: rows with which a step never returns.
+        unreadable: whether no chunk's rows are ever read.
+        shortages: how often the engine says that memory ran out.
+        once: a file; killing and hanging happen only to the one that creates it.
         unbuildable: `error`, `bug` or `kill`: how the engine cannot be built.
         counting: a folder; each engine that is built leaves a file there.
     """
@@ -45,8 +50,12 @@ class Script:
     step_s: float = 0.0
     build_s: float = 0.0
     failing: frozenset[RowId] = frozenset()
+    late: frozenset[RowId] = frozenset()
     raising: frozenset[RowId] = frozenset()
     killing: frozenset[RowId] = frozenset()
+    hanging: frozenset[RowId] = frozenset()
+    unreadable: bool = False
+    shortages: int = 0
     once: str | None = None
     unbuildable: str | None = None
     counting: str | None = None
@@ -59,6 +68,7 @@ class Script:
 @dataclass
 class ScriptedStats:
     exit_histogram: Counter[int] = field(default_factory=Counter)
+    shortages: int = 0
 
     @property
     def tokens(self) -> int:
@@ -78,7 +88,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.stats = ScriptedStats()
+        self.stats = ScriptedStats(shortages=script.shortages)
         self.resident: deque[tuple[Prompt, list[TokenExit], int]] = deque()
         self.most_resident = 0
 
@@ -99,7 +109,7 @@ class ScriptedEngine:
             raise EngineError("added beyond the room there is")
         if prompt.row_id in self.script.raising:
             raise ZeroDivisionError(f"row {prompt.row_id!r} met a bug")
-        if prompt.row_id in self.script.killing and self._may_kill():
+        if prompt.row_id in self.script.killing and self._is_first():
             os.kill(os.getpid(), signal.SIGKILL)
         self.resident.append((prompt, exits_of(prompt.row_id, prompt.sample_index), 0))
         self.most_resident = max(self.most_resident, len(self.resident))
@@ -110,6 +120,8 @@ class ScriptedEngine:
         finished: list[Generation | RowFailure] = []
         for _ in range(len(self.resident)):
             prompt, exits, done = self.resident.popleft()
+            if prompt.row_id in self.script.hanging and self._is_first():
+                threading.Event().wait()
             self.stats.exit_histogram[exits[done].exit_layer] += 1
             if done + 1 < len(exits):
                 self.resident.append((prompt, exits, done + 1))
@@ -121,6 +133,9 @@ class ScriptedEngine:
         if prompt.row_id in self.script.failing:
             name = NonFiniteScoresError.__name__
             return RowFailure(prompt.row_id, name, "scripted", tag=prompt.tag)
+        if prompt.row_id in self.script.late:
+            text = f"over {prompt.timeout_s} s"
+            return RowFailure(prompt.row_id, RowTimeoutError.__name__, text, tag=prompt.tag)
         return Generation(
             row_id=prompt.row_id,
             sample_index=prompt.sample_index,
@@ -133,7 +148,7 @@ class ScriptedEngine:
             tag=prompt.tag,
         )
 
-    def _may_kill(self) -> bool:
+    def _is_first(self) -> bool:
         if self.script.once is None:
             return True
         try:
@@ -148,7 +163,12 @@ class ScriptedEncoder:
 
     columns: Sequence[str] = ("prompt",)
 
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or Script()
+
     def encode(self, row: Mapping[str, Any]) -> list[int]:
+        if self.script.unreadable:
+            threading.Event().wait()
         if not row["prompt"]:
             raise EmptyPromptError("the prompt is empty")
         return [ord(letter) for letter in row["prompt"]]
@@ -165,4 +185,4 @@ def build_engine(script: Script) -> tuple[ScriptedEngine, ScriptedEncoder]:
         raise OSError("the disk is busy")
     if script.unbuildable == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    return ScriptedEngine(script), ScriptedEncoder()
+    return ScriptedEngine(script), ScriptedEncoder(script)

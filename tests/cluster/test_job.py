@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eevp_batch.cluster.coordinator import MAX_DEATHS_IN_A_ROW
+from eevp_batch.cluster.deaths import MAX_DEATHS_IN_A_ROW
 from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.errors import JobFailedError, TooManyErrorsError
 from eevp_batch.storage.store import Store
@@ -107,7 +107,10 @@ def test_a_prompt_that_is_not_utf8_becomes_an_error_row(
     job = make_job(tmp_path, prompts=20)
     job.run(Script(), max_error_rate=0.05)
     (error,) = job.errors()
-    assert (error["row_id"], error["error_class"]) == (7, "EmptyPromptError"), "the bad row fails"
+    assert (error["row_id"], error["error_class"]) == (7, "UnreadableTextError"), (
+        "the bad row fails"
+    )
+    assert "'prompt'" in error["message"], "the column is not named"
     assert [row["row_id"] for row in job.rows()] == [row for row in range(20) if row != 7], (
         "the rows beside the bad one come out"
     )
@@ -140,6 +143,8 @@ def test_too_many_error_rows_end_the_job_once_that_is_certain(
     assert not (job.out / "_SUCCESS").exists()
     (end,) = job.events("job_failed")
     assert end["chunks_committed"] == len(job.events("chunk_committed"))
+    assert len(job.events("chunk_leased")) == end["chunks_committed"], "it did not drain"
+    assert len(job.events("job_draining")) == 1
     resumed = job.run(script, max_error_rate=0.5)
     assert resumed.totals.rows_error == 100 and not job.problems()
 
@@ -157,15 +162,6 @@ def test_a_bug_in_a_replica_ends_the_job_and_is_not_retried(
     job.run(Script())
     assert job.rows() == undisturbed.rows(), "with the bug gone the job goes on to the same end"
     assert parts.items() <= job.parts().items(), "a committed part was touched"
-
-
-def test_a_chunk_that_keeps_killing_its_replica_ends_the_job_by_name(
-    shared_ray: LocalRay, tmp_path: Path
-) -> None:
-    job = make_job(tmp_path, chunk_rows=4, run={"max_attempts": 2})
-    with pytest.raises(JobFailedError, match=r"2 replicas died while they held .*00009"):
-        job.run(Script(killing=frozenset({36}), max_resident=2))
-    assert len(job.events("replica_dead")) == 2
 
 
 def test_an_engine_that_refuses_to_load_ends_the_job_at_once(

@@ -14,10 +14,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.leases import SUSPECT_AFTER, Lease, LeaseTable
 from eevp_batch.errors import StaleAttemptError
+from eevp_batch.records import Phase
 
 REPLICAS = ["a", "b", "c"]
+PHASES: list[Phase] = ["full", "exits"]
 
 
 class LeaseWalk(RuleBasedStateMachine):
@@ -32,20 +34,39 @@ class LeaseWalk(RuleBasedStateMachine):
         self.committed: list[int] = []
         self.deaths = dict.fromkeys(range(num_chunks), 0)
         self.last_epoch = 0
+        self.phases: dict[int, Phase] = {}
 
-    @rule(replica=st.sampled_from(REPLICAS))
-    def lease(self, replica: str) -> None:
+    @rule(replica=st.sampled_from(REPLICAS), phase=st.sampled_from(PHASES))
+    def lease(self, replica: str, phase: Phase) -> None:
         pending = set(range(self.num_chunks)) - set(self.live) - set(self.committed)
-        lease = self.table.lease(replica)
+        lease = self.table.lease(replica, phase)
+        suspects = {chunk_id for chunk_id in pending if self.deaths[chunk_id] >= SUSPECT_AFTER}
+        held = [other for other in self.live.values() if other.replica == replica]
         if lease is None:
-            assert not pending, f"chunks {pending} are pending, but none was leased"
+            is_kept = any(other.is_alone for other in held) or (suspects and held)
+            assert is_kept or not pending, f"chunks {pending} are pending, but none was leased"
             return
+        assert not any(other.is_alone for other in held), f"{lease} joins a suspect"
+        assert lease.is_alone == (lease.chunk_id in suspects)
+        assert not (lease.is_alone and held), f"{lease} is of a suspect, and not alone"
+        assert lease.is_alone or held or not suspects, f"{lease} goes before suspects {suspects}"
+        assert lease.phase == self.phases.get(lease.chunk_id, phase), f"{lease}: another phase"
         assert lease.chunk_id in pending, f"{lease} is of a chunk that was not pending"
         assert lease.epoch > self.last_epoch, f"{lease} has an epoch that is not new"
         assert lease.attempt_no == 1 + self.deaths[lease.chunk_id], f"{lease} is miscounted"
         assert lease.replica == replica
         self.last_epoch = lease.epoch
         self.live[lease.chunk_id] = lease
+
+    @precondition(lambda self: any(lease.is_alone for lease in self.live.values()))
+    @rule(data=st.data())
+    def piece(self, data: st.DataObject) -> None:
+        alone = [lease for lease in self.live.values() if lease.is_alone]
+        lease = data.draw(st.sampled_from(alone))
+        self.table.put_back(lease)
+        self.phases[lease.chunk_id] = lease.phase
+        del self.live[lease.chunk_id]
+        self.stale.append(lease)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -115,9 +136,7 @@ def test_a_table_holds_nothing_of_committed_chunks() -> None:
         assert lease is not None
         table.commit(lease)
     sizes = {name: len(value) for name, value in vars(table).items() if hasattr(value, "__len__")}
-    assert sizes == {"_returned": 0, "_leased": 0, "_held": 1, "_deaths": 0}, (
-        f"committed chunks left something behind: {sizes}"
-    )
+    assert sum(sizes.values()) == sizes["_held"] == 1, f"committed chunks left something: {sizes}"
     assert table.leases_of("a") == []
 
 
@@ -126,6 +145,25 @@ def test_returned_chunks_go_first() -> None:
     first = table.lease("a")
     table.release("a")
     again = table.lease("b")
+    assert again is not None and not again.is_alone, "one death makes no suspect"
     assert first is not None and again is not None
     assert again.chunk_id == first.chunk_id, "a chunk that was given back is not put off"
     assert again.attempt_no == 2
+
+
+def test_no_more_replicas_get_empty_than_there_are_suspects() -> None:
+    table = LeaseTable(iter(range(9)), 9)
+    table.lease("a")
+    for _ in range(SUSPECT_AFTER - 1):
+        table.release("a")
+        table.lease("a")
+    for replica in "bc":
+        assert table.lease(replica) is not None
+    table.release("a")
+    assert table.lease("b") is None, "the first that asks gets empty for the suspect"
+    assert table.lease("c") is not None, "the others go on"
+    table.commit(table.leases_of("b")[0])
+    alone = table.lease("b")
+    assert alone is not None and alone.is_alone and alone.chunk_id == 0
+    assert table.lease("b") is None, "a replica that tries a suspect got a second chunk"
+    assert table.lease("c") is not None

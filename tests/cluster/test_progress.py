@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from eevp_batch.cluster.engine_loop import LoopProgress
-from eevp_batch.cluster.jobs import replica_resources
 from eevp_batch.cluster.progress import Meter
+from eevp_batch.cluster.resources import replica_resources
 from eevp_batch.errors import UsageError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import ClusterSpec
@@ -20,7 +20,7 @@ def seen(**layers: int) -> LoopProgress:
 
 
 def test_tokens_add_up_over_replicas_and_their_successors() -> None:
-    meter = Meter(ChunkStats(exit_histogram=Counter({6: 100})), now_s=0.0)
+    meter = Meter(ChunkStats(exit_histogram=Counter({6: 100})), 0.0, 150, 50)
     meter.update(0, "eevp-replica-0", seen(l2=10))
     meter.update(1, "eevp-replica-1", seen(l2=5, l6=5))
     meter.update(0, "eevp-replica-0", seen(l2=30))
@@ -31,17 +31,17 @@ def test_tokens_add_up_over_replicas_and_their_successors() -> None:
 
 
 def test_rates_leave_the_start_out() -> None:
-    meter = Meter(ChunkStats(rows_ok=50), now_s=0.0)
-    assert meter.tokens_per_s(5.0) is None and meter.eta_s(50, 150, 5.0) is None
+    meter = Meter(ChunkStats(rows_ok=50), 0.0, 150, 50)
+    assert meter.tokens_per_s(5.0) is None and meter.eta_s(50, 5.0) is None
     meter.replica_is_ready(10.0)
     meter.update(0, "eevp-replica-0", seen(l2=40))
     assert meter.tokens_per_s(12.0) == pytest.approx(20.0)
-    assert meter.eta_s(70, 150, 12.0) == pytest.approx(8.0), "20 of this run's rows took 2 s"
+    assert meter.eta_s(70, 12.0) == pytest.approx(8.0), "20 of this run's rows took 2 s"
     assert meter.working_s(12.0) == 2.0
 
 
 def test_the_window_forgets_what_is_long_ago() -> None:
-    meter = Meter(ChunkStats(), now_s=0.0)
+    meter = Meter(ChunkStats(), 0.0, 150, 0)
     meter.replica_is_ready(0.0)
     for second in range(1, 1_001):
         tokens = 10 * min(second, 500) + 30 * max(0, second - 500)
@@ -52,7 +52,7 @@ def test_the_window_forgets_what_is_long_ago() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "offered", "cpus", "gpus"),
+    ("settings", "nodes", "cpus", "gpus"),
     [
         ({"replicas": 2}, {"CPU": 5.0}, 2.0, 0.0),
         ({"replicas": 4}, {"CPU": 4.0, "GPU": 4.0}, 1.0, 1.0),
@@ -60,11 +60,21 @@ def test_the_window_forgets_what_is_long_ago() -> None:
         ({"replicas": 1}, {"CPU": 8.0, "GPU": 8.0}, 8.0, 1.0),
         ({"replicas": 1, "gpus_per_replica": 2}, {"CPU": 8.0, "GPU": 2.0}, 8.0, 2.0),
         ({"replicas": 2, "cpus_per_replica": 0.5}, {"CPU": 1.0}, 0.5, 0.0),
+        ({"replicas": 3}, {"CPU": 8.0, "GPU": 2.0}, 2.0, 0.5),
+        ({"replicas": 1}, [{"CPU": 4.0}, {"CPU": 2.0}, {}], 4.0, 0.0),
+        ({"replicas": 3}, [{"CPU": 4.0}, {"CPU": 3.0}, {}], 2.0, 0.0),
+        ({"replicas": 9, "address": "auto"}, [{"CPU": 4.0}, {"CPU": 2.0}], 1.0, 0.0),
+        ({"replicas": 2, "gpus_per_replica": 8, "address": "auto"}, [{"CPU": 4.0}], 2.0, 8.0),
     ],
 )
 def test_auto_shares_out_what_there_is(
-    settings: dict[str, float], offered: dict[str, float], cpus: float, gpus: float
+    settings: dict[str, float],
+    nodes: dict[str, float] | list[dict[str, float]],
+    cpus: float,
+    gpus: float,
 ) -> None:
+    """A replica stands on one node, whatever all of them have together."""
+    offered = nodes if isinstance(nodes, list) else [nodes]
     resources = replica_resources(ClusterSpec.model_validate(settings), offered)
     assert (resources.num_cpus, resources.num_gpus) == (cpus, gpus)
     assert resources.num_threads == max(1, int(cpus))
@@ -74,4 +84,4 @@ def test_asking_for_more_than_there_is_fails_before_anything_waits_for_it() -> N
     for settings in ({"gpus_per_replica": 1}, {"cpus_per_replica": 9}):
         spec = ClusterSpec.model_validate({"replicas": 2, **settings})
         with pytest.raises(UsageError, match="per_replica"):
-            replica_resources(spec, {"CPU": 16.0, "GPU": 1.0})
+            replica_resources(spec, [{"CPU": 16.0, "GPU": 1.0}])

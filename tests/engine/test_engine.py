@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_a_row_longer_than_memory_is_an_error_row(tiny_llama: Path) -> None:
     assert isinstance(by_row["short"], Generation)
     assert isinstance(by_row["long"], RowFailure)
     assert by_row["long"].error_class == "PromptTooLongError"
+
+
+@pytest.mark.parametrize("kv", ["propagate", "verify"])
+def test_a_row_out_of_time_is_its_own_error(
+    tiny_llama: Path, prompts: list[Prompt], kv: str
+) -> None:
+    """A row that takes too long fails alone, and gives back what it held."""
+    engine = make_engine(tiny_llama, max_batch=4, limits={"max_resident": 4}, layers=[2, 4], kv=kv)
+    expected = run(engine, prompts)
+    slow = {prompt.row_id for prompt in prompts[::3]}
+    given = [replace(p, timeout_s=1e-9 if p.row_id in slow else 3600.0) for p in prompts]
+    for result in engine.generate(given):
+        if result.row_id in slow:
+            assert isinstance(result, RowFailure) and result.error_class == "RowTimeoutError"
+            assert "run.row_timeout_s" in result.message
+        else:
+            assert isinstance(result, Generation)
+            assert result.token_ids == expected[result.row_id, 0].token_ids
+    assert engine.pool.is_empty
 
 
 def test_prompts_are_pulled_only_as_memory_allows(tiny_llama: Path) -> None:

@@ -15,6 +15,7 @@ from eevp_batch.errors import (
     PromptRenderError,
     PromptTooLongError,
     RowError,
+    RowSkippedError,
     UsageError,
 )
 from eevp_batch.spec import InputSpec, PromptSpec
@@ -81,6 +82,8 @@ def test_a_long_prompt_is_an_error_or_loses_its_beginning(encoder: MakeEncoder) 
         encoder(chat=False, max_prompt_tokens=9).encode(row)
     cut = encoder(chat=False, max_prompt_tokens=9, on_overlong="truncate_left").encode(row)
     assert cut == whole[-9:]
+    with pytest.raises(RowSkippedError, match="allowed: at most 9"):
+        encoder(chat=False, max_prompt_tokens=9, on_overlong="skip").encode(row)
     assert encoder(room=50, max_prompt_tokens=80).max_tokens == 50, "the context has the last word"
 
 
@@ -90,6 +93,9 @@ def test_a_long_prompt_is_an_error_or_loses_its_beginning(encoder: MakeEncoder) 
         ("{{ 1 / zero }}", "ZeroDivisionError"),
         ("{{ missing }}", "UndefinedError"),
         ("{{ zero.__class__.__mro__ }}", "SecurityError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ zero | round(method='no') }}", "FilterArgumentError"),
+        ("{{ zero | dictsort }}", "AttributeError"),
     ],
 )
 def test_a_template_that_raises_is_an_error_row(

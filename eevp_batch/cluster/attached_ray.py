@@ -1,0 +1,64 @@
+"""A Ray cluster that is there already: joined as one driver among others, and left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray.exceptions import RayError
+
+from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
+from eevp_batch.errors import ClusterError
+
+_CONNECT_S = 10.0
+
+
+@contextlib.contextmanager
+def attached_ray(address: str) -> Iterator[LocalRay]:
+    """Join a cluster for the block, or use what this process is connected to already.
+
+    Its processes are nobody's to end here: only the replicas that the block starts end with it, or
+    with this process, however that ends.
+
+    Args:
+        address: `auto`, or host and port of its head; a node of it runs on this machine.
+
+    Raises:
+        ClusterError: it cannot be reached, or it refused us.
+    """
+    found = _checked(address)
+    if ray.is_initialized():
+        yield LocalRay(logs=current_logs())
+        return
+    be_quiet()
+    try:
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        raise _unreachable(address, error) from error
+    try:
+        yield LocalRay(logs=current_logs())
+    finally:
+        ray.shutdown()
+
+
+def _checked(address: str) -> str:
+    """The address that an address stands for, if anybody listens there; Ray would try for long."""
+    try:
+        found = str(canonicalize_bootstrap_address_or_die(address))
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+        raise _unreachable(address, error) from error
+    return found
+
+
+def _unreachable(address: str, error: Exception) -> ClusterError:
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # Not every Ray that will do has the class.
+    is_refusal = type(error).__name__ == "AuthenticationError"
+    verb = "refused us" if is_refusal else "cannot be joined"
+    return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {said}")

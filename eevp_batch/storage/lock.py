@@ -12,8 +12,8 @@ The holder, for its part, asks `check` before it changes anything that another c
 change: within `hold_s` of its last heartbeat that is free; later, it sends one first, for as long
 as storage needs to come back; and it stops when there is a higher number. An operation that
 storage refuses is checked again before each later try. What remains is one request that is under
-way for longer than `silent_s + hold_s`, or a process that is stopped for so long between `check` and
-the request: then the exclusive commit record still admits only one of the two.
+way for longer than `silent_s + hold_s`, or a process that is stopped for so long between `check`
+and the request: then the exclusive commit record still admits only one of the two.
 
 A holder that was killed on this very machine is known to be dead, so nobody waits for it.
 """

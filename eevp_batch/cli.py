@@ -8,6 +8,8 @@ the error's exit code and one message. Exit codes: 0 all rows done; 1 failed; 2 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -147,15 +149,26 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
 
 @main.command()
 @_out_argument
+@click.option("--watch", "wants_watch", is_flag=True, help="Redraws it until the job has ended.")
 @json_option
-def status(out: str, as_json: bool) -> None:
+def status(out: str, wants_watch: bool, as_json: bool) -> None:
     """Show how far a job is, from its output folder alone."""
     from eevp_batch.report.summary import status_json
     from eevp_batch.report.text import render_status
     from eevp_batch.storage.status import read_status
     from eevp_batch.storage.store import Store
 
-    found = read_status(Store.open(out))
+    if wants_watch and as_json:
+        raise click.UsageError("--watch shows a job to people; --json does not go with it")
+    store = Store.open(out)
+    if wants_watch:
+        from rich.console import Console
+
+        from eevp_batch.report.watch import watch
+
+        watch(lambda: read_status(store), Console())
+        return
+    found = read_status(store)
     if as_json:
         echo_json(status_json(found))
     else:
@@ -185,16 +198,30 @@ def verify(out: str, as_json: bool) -> None:
 
 @main.command()
 @_out_argument
+@click.option(
+    "--out",
+    "to",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Writes the page there, and nothing into OUT.",
+)
 @json_option
-def report(out: str, as_json: bool) -> None:
-    """Sum up a job: rows, speed, exit layers, samples."""
-    from eevp_batch.report.summary import summarise
+def report(out: str, to: str | None, as_json: bool) -> None:
+    """Sum up a job, and write report.html and a dataset card (README.md) into OUT.
+
+    With --json, the figures are printed and nothing is written.
+    """
+    from eevp_batch.report.figures import gather
     from eevp_batch.storage.store import Store
 
+    if as_json and to is not None:
+        raise click.UsageError(
+            "--json prints figures and writes no page; --out does not go with it"
+        )
     if as_json:
-        echo_json(summarise(Store.open(out)).to_json())
+        echo_json(gather(Store.open(out)).to_json())
     else:
-        _echo_summary(out)
+        _sum_up(out, to, is_needed=True)
 
 
 main.add_command(potential)
@@ -213,9 +240,9 @@ def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool) -> None:
     try:
         _run_cluster(job, opened, wants_bar)
     except TooManyErrorsError:
-        _echo_summary(job.store.text)
+        _sum_up(job.store.text)
         raise
-    _echo_summary(job.store.text)
+    _sum_up(job.store.text)
 
 
 def _open_plan(job: PreparedJob) -> Plan:
@@ -248,13 +275,44 @@ def _run_cluster(job: PreparedJob, opened: Plan, wants_bar: bool) -> None:
         )
 
 
-def _echo_summary(out: str) -> None:
-    from eevp_batch.report.summary import summarise
+def _sum_up(out: str, to: str | None = None, is_needed: bool = False) -> None:
+    """Print a job's summary and write its report; at a job's end that may fail, the job has not."""
+    from eevp_batch.report.figures import gather
     from eevp_batch.report.text import render_summary
+    from eevp_batch.report.write import write_report
     from eevp_batch.storage.store import Store
 
-    click.echo(render_summary(summarise(Store.open(out)), width()))
+    store = Store.open(out)
+    figures = gather(store)
+    click.echo(render_summary(figures.summary, width()))
+    try:
+        paths = write_report(store, figures, to)
+    except OSError as error:
+        error.add_note("the report could not be written; --out FILE writes it elsewhere")
+        if is_needed:
+            raise
+        click.echo(f"eevp-batch: {error}: {error.__notes__[0]}", err=True)
+        return
+    for path in paths:
+        click.echo(f"  {path}")
+
+
+def start() -> None:
+    """The program: `main`, and after a job on Ray the shortest way out.
+
+    Ray's native threads outlive its shutdown. Now and then one of them crashes while the
+    interpreter is taken apart, and the exit code would be a signal's although all rows are done.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules or not isinstance(end.code, int):
+            raise
+        with contextlib.suppress(OSError):  # whoever read our output has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":
-    main()
+    start()

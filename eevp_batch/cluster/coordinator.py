@@ -237,6 +237,7 @@ class Coordinator:
             max_resident=ready.max_resident,
             leases=slot.max_leases,
             start_s=round(ready.start_s, 3),
+            machine=ready.machine,
         )
 
     def _commit(self, slot: Slot, lease: Lease, attempt: Attempt) -> None:

@@ -6,7 +6,7 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 | event | further fields |
 |---|---|
 | `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
-| `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s` |
+| `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s`, `machine` |
 | `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
 | `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |

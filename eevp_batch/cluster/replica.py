@@ -29,6 +29,7 @@ from eevp_batch.cluster.engine_loop import (
 )
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.machine import describe_machine
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
 from eevp_batch.spec import JobSpec
@@ -49,12 +50,14 @@ class ReplicaReady:
     Attributes:
         max_resident: the most sequences its engine can hold.
         start_s: seconds that building the engine took.
+        machine: what `describe_machine` says.
     """
 
     pid: int
     node_id: str
     max_resident: int
     start_s: float
+    machine: dict[str, Any]
 
 
 class Replica:
@@ -93,6 +96,7 @@ class Replica:
             node_id=_node_id(),
             max_resident=engine.max_resident,
             start_s=time.monotonic() - self._started_s,
+            machine=describe_machine(),
         )
 
     async def process(self, lease: Lease, chunk: Chunk) -> Attempt:

@@ -317,8 +317,7 @@ class Coordinator:
         if time.monotonic() < self._look_due_s:
             return
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
-        with self._in_storage():
-            self._committer.check_lock()
+        self._committer.check_lock()
         self._fleet.poll()
         self._on_progress(self.progress())
 

@@ -18,6 +18,9 @@ from eevp_batch.engine.templates import BoundedEnvironment
 from eevp_batch.errors import EmptyPromptError, PromptRenderError, PromptTooLongError, UsageError
 from eevp_batch.spec import InputSpec, PromptSpec
 
+MAX_PROMPT_CHARS = 8 << 20
+"""Longest prompt that is encoded at all: each million takes 0.7 s and 130 MB."""
+
 # A template may write control tokens around a role, or make them of it.
 _ROLE = re.compile(r"[\w.-]+")
 
@@ -102,6 +105,10 @@ class PromptEncoder:
     def _token_ids(self, values: Mapping[str, Any]) -> list[int]:
         marked = self._control_tokens.mark(values)
         text = self._text(marked)
+        if len(text) > MAX_PROMPT_CHARS:
+            raise PromptTooLongError(
+                f"{len(text):,} characters; allowed: at most {MAX_PROMPT_CHARS:,}"
+            )
         if marked is not values:
             return self._control_tokens.encode(text, add_special_tokens=not self._is_chat)
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=not self._is_chat)[

@@ -95,7 +95,7 @@ def read_model_config(spec: ModelSpec) -> ModelConfig:
     folder, revision = _local_folder(spec)
     raw = _read_config(folder)
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ModelError(
             f"{folder / 'config.json'}: model_type: found {json.dumps(family)}; "
             f"allowed: {', '.join(FAMILIES)}"
@@ -242,7 +242,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path}: found no such file; allowed: a model's config.json") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: found {error}; allowed: JSON") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: found {type(raw).__name__}; allowed: a JSON object")
@@ -259,16 +259,20 @@ def _count(folder: Path, config: Mapping[str, Any], key: str) -> int:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the model's weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: found adapter_config.json; allowed: a model with it merged")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if any(os.path.basename(name) != name for name in names):
+                raise ValueError("a file of another folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index}: found {error!r}; allowed: an index of weights") from None
-        missing = [name for name in names if not (folder / str(name)).is_file()]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(f"{folder}: found no {missing[0]}; allowed: every file of its index")
-        return [folder / str(name) for name in names]
+        return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -304,6 +308,6 @@ def _data_bytes(path: Path, header: bytes) -> int:
     try:
         tensors = json.loads(header)
         ends = [int(t["data_offsets"][1]) for name, t in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ModelError(f"{path}: found a broken header; allowed: a safetensors file") from None
     return max(ends, default=0)

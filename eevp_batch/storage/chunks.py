@@ -17,7 +17,7 @@ from eevp_batch.errors import EngineError, InputError, JobFailedError
 from eevp_batch.records import Generation, Phase, RowFailure, RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.ids import ids_digest
-from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.inputs import UNREADABLE, InputParquet
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.scan import plain_ids
 from eevp_batch.storage.schema import error_schema, is_text, listed, output_schema, plain_type
@@ -46,7 +46,7 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
         _check_named(file, names)
         stop = chunk.row_start + chunk.num_rows
         batches = _held(file.batches(names, chunk.row_start, stop, _BATCH_ROWS), file.text)
-    except (InputError, OSError, pa.ArrowException) as error:
+    except (InputError, *UNREADABLE) as error:
         raise JobFailedError(f"chunk {chunk.name}: {planned.path}: {error}") from error
     table = pa.concat_tables(batches).combine_chunks()
     if ids_digest(table_ids(table, plan, planned.path)) != chunk.id_digest:

@@ -23,7 +23,7 @@ MAX_FOOTER_BYTES = 32 << 20
 MAX_COLUMNS = 10_000
 """Most columns of a file, nested ones counted."""
 # What pyarrow raises for a damaged file; a name in it may not be UTF-8.
-_UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
 # all of it.
 _READ_BUFFER_BYTES = 1 << 20
@@ -137,7 +137,7 @@ class InputParquet:
             raise InputError(text, "input.path", "no such file", _ALLOWED)
         try:
             return _open(text, info.size, info.mtime_ns)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             found = str(error).strip()
             raise InputError(text, "input.path", found, "a readable Parquet file") from error
 
@@ -155,13 +155,10 @@ class InputParquet:
         batch.
 
         Raises:
-            InputError: pages cannot be read, or hold fewer rows than the footer says.
+            InputError: the pages hold fewer rows than the footer says.
+            OSError, pa.ArrowException: they cannot be read; see `UNREADABLE`.
         """
-        try:
-            read = yield from self._batches(columns, start, stop, batch_rows)
-        except _UNREADABLE as error:
-            found = f"pages that cannot be read: {error}"
-            raise InputError(self.text, "input.path", found, "a readable Parquet file") from error
+        read = yield from self._batches(columns, start, stop, batch_rows)
         if read < stop:
             found = f"{read} rows in its pages, {self.num_rows} in its footer"
             raise InputError(self.text, "input.path", found, "as many in both")

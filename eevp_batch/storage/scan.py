@@ -15,7 +15,7 @@ from eevp_batch.records import RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.ids import RepeatedKeys, id_keys, ids_digest
-from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.inputs import UNREADABLE, InputParquet
 from eevp_batch.storage.schema import (
     IdType,
     check_columns,
@@ -113,10 +113,14 @@ def iter_ids(
             file cannot be read.
     """
     row = start
-    for batch in file.batches([id_column], start, stop, _BATCH_ROWS):
-        ids = plain_ids(batch.column(0), id_type, file.text, row)
-        row += len(ids)
-        yield ids
+    try:
+        for batch in file.batches([id_column], start, stop, _BATCH_ROWS):
+            ids = plain_ids(batch.column(0), id_type, file.text, row)
+            row += len(ids)
+            yield ids
+    except UNREADABLE as error:
+        found = f"pages that cannot be read: {error}"
+        raise InputError(file.text, "input.path", found, "a readable Parquet file") from error
 
 
 def plain_ids(column: Any, id_type: IdType, file: str, row_start: int) -> list[RowId]:

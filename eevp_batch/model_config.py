@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, int]] = {
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,199}")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.py"]
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 _END_BYTES, _BLOCK_BYTES, _NUM_BLOCKS = 1 << 20, 64 << 10, 16
@@ -265,8 +266,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            if any(os.path.basename(name) != name for name in names):
-                raise ValueError("a file of another folder")
+            if not all(_FILE_NAME.fullmatch(name) for name in names):
+                raise ValueError("what is no name of a file")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index}: found {error!r}; allowed: an index of weights") from None
         missing = [name for name in names if not (folder / name).is_file()]

@@ -135,6 +135,8 @@ class PromptEncoder:
 
     def _apply_chat(self, template: ChatTemplate, content: Any) -> str:
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        if not isinstance(messages, list | tuple):
+            raise PromptRenderError(f"messages: found {str(messages)[:80]!r}; allowed: a list")
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise PromptRenderError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from eevp_batch.errors import ModelError, SpecError
 from eevp_batch.spec import ExitSpec, ModelSpec, SamplingSpec
+from eevp_batch.uri_secrets import ALLOWED_CREDENTIALS, has_secret
 
 # What the configuration class of each family in transformers fills in where config.json is silent.
 FAMILIES: dict[str, dict[str, int]] = {
@@ -217,6 +218,11 @@ def _wrong(field: str, found: Any, allowed: str) -> SpecError:
 
 def _local_folder(spec: ModelSpec) -> tuple[Path, str | None]:
     """The model's folder on this machine, and its revision."""
+    if has_secret(spec.path):
+        raise ModelError(
+            "model.path: found a URI with a password or an access key; allowed: a folder or a hub "
+            f"id, and {ALLOWED_CREDENTIALS}"
+        )
     folder = Path(spec.path)
     if folder.is_dir():
         return Path(os.path.abspath(folder)), spec.revision

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -114,11 +116,12 @@ class _Folder:
     """Gives each case a file of its own: a footer is kept by path, size and time."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="eevp-fuzz-")
+        self._folder = Path(tempfile.mkdtemp(prefix="eevp-fuzz-"))
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         self._numbers = itertools.count()
 
     def new(self, suffix: str) -> Path:
-        return Path(self._folder.name) / f"{next(self._numbers)}{suffix}"
+        return self._folder / f"{next(self._numbers)}{suffix}"
 
 
 def _parquet_target() -> Target:

@@ -17,7 +17,7 @@ from eevp_batch.storage.links import refuse_links
 from eevp_batch.storage.scan import Chunk, InputFile, scan
 from eevp_batch.storage.schema import Extras, IdType
 from eevp_batch.storage.store import Store
-from eevp_batch.storage.typed import typed
+from eevp_batch.storage.typed import check_type, typed
 
 FORMAT_VERSION = 1
 
@@ -117,13 +117,15 @@ class Plan:
 
 
 _LISTS: dict[str, Any] = {"files": InputFile, "chunks": Chunk}
-# What the properties of a plan read.
-_READ_FIELDS = {
+# What is read of a plan's fields, and its type.
+_READ_FIELDS: dict[str, Any] = {
     "input.id_column": str,
-    "input.keep_columns": list,
+    "input.prompt_column": str | None,
+    "input.messages_column": str | None,
+    "input.keep_columns": list[str],
     "sampling.n": int,
     "exit.mode": str,
-    "exit.layers": list,
+    "exit.layers": list[int],
     "output.token_stats": bool,
 }
 
@@ -132,11 +134,12 @@ def _checked(plan: Plan) -> Plan:
     """A plan whose fields and chunks can be relied on.
 
     Raises:
-        ValueError: names the first that cannot.
+        TypeError, ValueError: names the first that cannot.
     """
-    for name, kind in _READ_FIELDS.items():
-        if not isinstance(plan.fields.get(name), kind):
-            raise ValueError(f"fields: {name} is {plan.fields.get(name)!r}")
+    for name, hint in _READ_FIELDS.items():
+        check_type(plan.fields.get(name), hint, f"fields: {name}")
+    if not plan.fields["exit.layers"]:
+        raise ValueError("fields: exit.layers: found none")
     for number, chunk in enumerate(plan.chunks):
         places = (chunk.chunk_id == number, 0 <= chunk.file_index < len(plan.files))
         if not all(places) or chunk.num_rows < 1 or chunk.row_start < 0:

@@ -22,11 +22,21 @@ def typed(value: _T) -> _T:
     Raises:
         TypeError: names the first field of another type, or an integer that no column holds.
     """
-    _check(value, type(value), "")
+    check_type(value, type(value), "")
     return value
 
 
-def _check(value: Any, hint: Any, name: str) -> None:
+def check_type(value: Any, hint: Any, name: str) -> None:
+    """Check one value.
+
+    Args:
+        value: what was read.
+        hint: its type: a plain one, a list, tuple, mapping or union of such, a dataclass.
+        name: names it in the error.
+
+    Raises:
+        TypeError: it is of another type.
+    """
     kind: Any = hint
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -38,7 +48,7 @@ def _check(value: Any, hint: Any, name: str) -> None:
     elif is_dataclass(hint):
         _require(isinstance(value, kind), name, value, f"an object of {_word(hint)}")
         for field_name, field_hint in _hints(kind):
-            _check(getattr(value, field_name), field_hint, f"{name}.{field_name}".lstrip("."))
+            check_type(getattr(value, field_name), field_hint, f"{name}.{field_name}".lstrip("."))
     elif hint is float:
         _require(type(value) in (int, float), name, value, "a number")
     elif hint is int:
@@ -56,7 +66,7 @@ def _check_union(value: Any, args: tuple[Any, ...], name: str) -> None:
         return
     for number, kind in enumerate(kinds):
         try:
-            return _check(value, kind, name)
+            return check_type(value, kind, name)
         except TypeError:
             if number == len(kinds) - 1:
                 raise
@@ -68,14 +78,14 @@ def _check_items(value: Any, args: tuple[Any, ...], name: str) -> None:
             for each, hint in zip(
                 (key, item), args if len(args) == 2 else (*args, int), strict=False
             ):
-                _check(each, hint, f"{name}[{key!r}]")
+                check_type(each, hint, f"{name}[{key!r}]")
     elif isinstance(value, tuple):
         _require(args[-1] is Ellipsis or len(args) == len(value), name, value, f"{len(args)} items")
         for number, item in enumerate(value):
-            _check(item, args[0] if args[-1] is Ellipsis else args[number], f"{name}[{number}]")
+            check_type(item, args[0] if args[-1] is Ellipsis else args[number], f"{name}[{number}]")
     elif isinstance(value, list) and args:
         for number, item in enumerate(value):
-            _check(item, args[0], f"{name}[{number}]")
+            check_type(item, args[0], f"{name}[{number}]")
 
 
 @cache

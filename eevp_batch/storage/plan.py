@@ -134,10 +134,10 @@ def _checked(plan: Plan) -> Plan:
     """A plan whose fields and chunks can be relied on.
 
     Raises:
-        TypeError, ValueError: names the first that cannot.
+        KeyError, TypeError, ValueError: names the first that cannot.
     """
     for name, hint in _READ_FIELDS.items():
-        check_type(plan.fields.get(name), hint, f"fields: {name}")
+        check_type(plan.fields[name], hint, f"fields: {name}")
     if not plan.fields["exit.layers"]:
         raise ValueError("fields: exit.layers: found none")
     for number, chunk in enumerate(plan.chunks):

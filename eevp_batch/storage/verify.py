@@ -22,6 +22,7 @@ from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.commit_record import CommitRecord, committed_chunks, read_record
 from eevp_batch.storage.fingerprint import fingerprint_of
 from eevp_batch.storage.ids import ids_digest
+from eevp_batch.storage.inputs import UNREADABLE
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
 from eevp_batch.storage.schema import error_schema, part_differences, schema_differences
 from eevp_batch.storage.store import Store
@@ -205,7 +206,7 @@ class _Part:
         try:
             part.table = pq.read_table(pa.BufferReader(part.content))
             part.table.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             part.problems.append(f"{rel}: not a readable Parquet file: {error}")
             part.table = None
         return part

@@ -129,7 +129,7 @@ def _float(text: str) -> float:
 
 
 _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
-    _TAG + "str": (re.compile(""), str),
+    _TAG + "str": (re.compile(r"[^\ud800-\udfff]*\Z"), str),
     _TAG + "null": (_NULL, lambda text: None),
     _TAG + "bool": (_BOOL, lambda text: text.lower() == "true"),
     _TAG + "int": (_INT, _integer),
@@ -196,7 +196,8 @@ class _Reader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line
             key: Hashable = key_node.value
-            if key_node.tag != _TAG + "str" or not isinstance(key, str):
+            is_text = isinstance(key, str) and _SCALARS[_TAG + "str"][0].match(key)
+            if key_node.tag != _TAG + "str" or not isinstance(key, str) or not is_text:
                 found = f"the key {key}" if isinstance(key, str) else "a list or mapping as key"
                 raise self._error(loc, line, found, "keys that are strings")
             here = (*loc, key)

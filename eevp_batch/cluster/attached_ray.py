@@ -12,6 +12,7 @@ from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
+from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError
 
 _CONNECT_S = 10.0
@@ -28,18 +29,20 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
         address: `auto`, or host and port of its head; a node of it runs on this machine.
 
     Raises:
-        ClusterError: it cannot be reached, or it refused us.
+        ClusterError: it cannot be reached, it refused us, or it lets anybody in.
     """
     found = _checked(address)
     if ray.is_initialized():
         yield LocalRay(logs=current_logs())
         return
+    refuse_old_ray()
     be_quiet()
     try:
-        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+        joined = ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise _unreachable(address, error) from error
     try:
+        refuse_open_dashboard(joined.dashboard_url)
         yield LocalRay(logs=current_logs())
     finally:
         ray.shutdown()

@@ -140,7 +140,10 @@ class FittedExits:
             tensors = parse_safetensors(weights)
         except SafetensorError as error:
             raise FittedExitsError(f"{folder / WEIGHTS}: {error}") from error
-        return _assembled(manifest, tensors)
+        try:
+            return _assembled(manifest, tensors)
+        except KeyError as error:
+            raise FittedExitsError(f"{folder / WEIGHTS}: found no tensor {error}") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything by the name that it has in the file."""

@@ -173,7 +173,7 @@ def _read_sample(store: Store, plan: Plan, chunk_id: int, place: float) -> Sampl
         with store.open_input(rel) as source:
             table = pq.read_table(source, columns=_SAMPLE_COLUMNS)
         row = table.slice(int(place * table.num_rows), 1).to_pylist()[0]
-    except (OSError, pa.ArrowException, IndexError) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, LookupError) as error:
         raise JobFailedError(
             f"{store.text}: {rel}: cannot be read ({error}); `eevp-batch verify` tells more"
         ) from error

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eevp_batch import errors
-from eevp_batch.cli import _Commands, _sum_up, main
+from eevp_batch.cli import _Commands, main
+from eevp_batch.cli_output import sum_up
 from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
 from tests.storage.jobs import make_spec, run_job, write_input
@@ -268,7 +269,7 @@ def test_a_report_that_cannot_be_written_fails_its_command_but_not_a_job(
     (out / "report.html").mkdir()
     result = invoke("report", out)
     assert result.exit_code == 1 and "--out FILE writes it elsewhere" in result.stderr
-    _sum_up(str(out))  # what a job does in the end
+    sum_up(str(out))  # what a job does in the end
     told = capsys.readouterr()
     assert "20 in, " in told.out, "the summary is shown all the same"
     assert "the report could not be written" in told.err

@@ -8,14 +8,16 @@ the error's exit code and one message. Exit codes: 0 all rows done; 1 failed; 2 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from eevp_batch import __version__
+from eevp_batch.cli_output import REPAIR_HINT, report, status, sum_up, verify
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
 from eevp_batch.errors import EevpError, TooManyErrorsError, UsageError, VerifyFailedError
@@ -28,7 +30,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 PLAN_ROWS = 20_000
 INTERRUPTED = 130
-_REPAIR = "`eevp-batch submit --repair` with the job file does damaged chunks again"
 
 
 class _Commands(click.Group):
@@ -58,9 +59,6 @@ def _fail(ctx: click.Context, error: BaseException | str, exit_code: int) -> NoR
 def _spec_command(command: _Command) -> _Command:
     """SPEC and --set, for a command that takes a job file."""
     return click.argument("spec", metavar="SPEC")(spec_overrides(command))
-
-
-_out_argument = click.argument("out", metavar="OUT")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -151,61 +149,6 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
         click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, width())}")
 
 
-@main.command()
-@_out_argument
-@json_option
-def status(out: str, as_json: bool) -> None:
-    """Show how far a job is, from its output folder alone."""
-    from eevp_batch.report.summary import status_json
-    from eevp_batch.report.text import render_status
-    from eevp_batch.storage.status import read_status
-    from eevp_batch.storage.store import Store
-
-    found = read_status(Store.open(out))
-    if as_json:
-        echo_json(status_json(found))
-    else:
-        click.echo(render_status(found, width(), time.time()))
-
-
-@main.command()
-@_out_argument
-@json_option
-def verify(out: str, as_json: bool) -> None:
-    """Prove that every row is accounted for and that no file was altered."""
-    from eevp_batch.storage.store import Store
-    from eevp_batch.storage.verify import verify as verify_store
-
-    report = verify_store(Store.open(out))
-    if as_json:
-        names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
-        echo_json({name: getattr(report, name) for name in names})
-    if report.problems:
-        failed = VerifyFailedError(out, report.problems)
-        if report.damaged:
-            failed.add_note(_REPAIR)
-        raise failed
-    if not as_json:
-        click.echo(
-            f"{out}: {report.rows_in:,} rows in = {report.rows_ok:,} ok + "
-            f"{report.rows_error:,} in error; {report.parts:,} parts, every checksum matches"
-        )
-
-
-@main.command()
-@_out_argument
-@json_option
-def report(out: str, as_json: bool) -> None:
-    """Sum up a job: rows, speed, exit layers, samples."""
-    from eevp_batch.report.summary import summarise
-    from eevp_batch.storage.store import Store
-
-    if as_json:
-        echo_json(summarise(Store.open(out)).to_json())
-    else:
-        _echo_summary(out)
-
-
 @main.command("retry-errors")
 @click.argument("job_or_out", metavar="SPEC_OR_OUT")
 @spec_overrides
@@ -228,9 +171,8 @@ def retry_errors(job_or_out: str, overrides: tuple[str, ...], classes: tuple[str
     _run_and_sum_up(job, opened, wants_bar=True, retry=classes)
 
 
-main.add_command(potential)
-main.add_command(fit)
-main.add_command(calibrate)
+for command in (status, verify, report, potential, fit, calibrate):
+    main.add_command(command)
 
 
 def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False) -> None:
@@ -253,12 +195,12 @@ def _run_and_sum_up(
     try:
         _run_cluster(job, opened, wants_bar, retry, repairs)
     except TooManyErrorsError:
-        _echo_summary(job.store.text)
+        sum_up(job.store.text)
         raise
     except VerifyFailedError as error:
-        error.add_note(_REPAIR)
+        error.add_note(REPAIR_HINT)
         raise
-    _echo_summary(job.store.text)
+    sum_up(job.store.text)
 
 
 def _open_plan(job: PreparedJob) -> Plan:
@@ -295,13 +237,22 @@ def _run_cluster(
         )
 
 
-def _echo_summary(out: str) -> None:
-    from eevp_batch.report.summary import summarise
-    from eevp_batch.report.text import render_summary
-    from eevp_batch.storage.store import Store
+def start() -> None:
+    """The program: `main`, and after a job on Ray the shortest way out.
 
-    click.echo(render_summary(summarise(Store.open(out)), width()))
+    Ray's native threads outlive its shutdown. Now and then one of them crashes while the
+    interpreter is taken apart, and the exit code would be a signal's although all rows are done.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules or not isinstance(end.code, int):
+            raise
+        with contextlib.suppress(OSError):  # whoever read our output has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -101,7 +101,7 @@ _AT_FULL_DEPTH = (
     type=click.FloatRange(0.5, 1.0),
     help="Share of all tokens that has to stay as at full depth, for the search.",
 )
-@click.option("--bridge-rank", type=click.IntRange(min=1), help="Of low-rank bridges.")
+@click.option("--bridge-rank", type=click.IntRange(min=1), help="Of the bridges; 2/3 of the width.")
 @click.option("--proposal-rank", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--tail",

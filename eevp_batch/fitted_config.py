@@ -16,6 +16,16 @@ from eevp_batch.spec import ExitSpec, JobSpec
 
 FITTED_FORMAT = 1
 FITTED_MANIFEST = "fitted.json"
+# Type by name of what is read from a manifest; of the exit layers, that of each.
+_READ_FIELDS = {
+    "model_hash": str,
+    "weights_sha256": str,
+    "exit_layers": int,
+    "num_layers": int,
+    "hidden_size": int,
+    "tail": int,
+    "lead": int,
+}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -26,12 +36,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / FITTED_MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise FittedExitsError(f"{path}: cannot be read: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != FITTED_FORMAT:
         raise FittedExitsError(f"{path}: format: found {found!r}; allowed: {FITTED_FORMAT}")
+    for name, kind in _READ_FIELDS.items():
+        value = manifest.get(name)
+        items = value if name == "exit_layers" and isinstance(value, list) else [value]
+        if not all(type(item) is kind for item in items):
+            shown = repr(value)[:80]
+            raise FittedExitsError(f"{path}: {name}: found {shown}; allowed: {kind.__name__}")
     return manifest
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from eevp_batch.errors import ModelError, SpecError
 from eevp_batch.spec import ExitSpec, ModelSpec, SamplingSpec
+from eevp_batch.uri_secrets import ALLOWED_CREDENTIALS, has_secret
 
 # What the configuration class of each family in transformers fills in where config.json is silent.
 FAMILIES: dict[str, dict[str, int]] = {
@@ -27,6 +28,7 @@ FAMILIES: dict[str, dict[str, int]] = {
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,199}")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.py"]
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 _END_BYTES, _BLOCK_BYTES, _NUM_BLOCKS = 1 << 20, 64 << 10, 16
@@ -95,7 +97,7 @@ def read_model_config(spec: ModelSpec) -> ModelConfig:
     folder, revision = _local_folder(spec)
     raw = _read_config(folder)
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ModelError(
             f"{folder / 'config.json'}: model_type: found {json.dumps(family)}; "
             f"allowed: {', '.join(FAMILIES)}"
@@ -216,6 +218,11 @@ def _wrong(field: str, found: Any, allowed: str) -> SpecError:
 
 def _local_folder(spec: ModelSpec) -> tuple[Path, str | None]:
     """The model's folder on this machine, and its revision."""
+    if has_secret(spec.path):
+        raise ModelError(
+            "model.path: found a URI with a password or an access key; allowed: a folder or a hub "
+            f"id, and {ALLOWED_CREDENTIALS}"
+        )
     folder = Path(spec.path)
     if folder.is_dir():
         return Path(os.path.abspath(folder)), spec.revision
@@ -242,7 +249,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path}: found no such file; allowed: a model's config.json") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: found {error}; allowed: JSON") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: found {type(raw).__name__}; allowed: a JSON object")
@@ -259,16 +266,20 @@ def _count(folder: Path, config: Mapping[str, Any], key: str) -> int:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the model's weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: found adapter_config.json; allowed: a model with it merged")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(_FILE_NAME.fullmatch(name) for name in names):
+                raise ValueError("what is no name of a file")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index}: found {error!r}; allowed: an index of weights") from None
-        missing = [name for name in names if not (folder / str(name)).is_file()]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(f"{folder}: found no {missing[0]}; allowed: every file of its index")
-        return [folder / str(name) for name in names]
+        return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -304,6 +315,6 @@ def _data_bytes(path: Path, header: bytes) -> int:
     try:
         tensors = json.loads(header)
         ends = [int(t["data_offsets"][1]) for name, t in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ModelError(f"{path}: found a broken header; allowed: a safetensors file") from None
     return max(ends, default=0)

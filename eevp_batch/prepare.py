@@ -33,6 +33,7 @@ from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.inputs import InputParquet
 from eevp_batch.storage.plan import Plan, changed_fields, make_plan, read_plan
+from eevp_batch.storage.schema import listed
 from eevp_batch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def check_prompts(job: PreparedJob) -> PromptEncoder:
             names = InputParquet.open(file.path).schema.names
             missing = [column for column in encoder.columns if column not in names]
             if missing:
-                allowed = f"columns of the input: {', '.join(names)}"
+                allowed = f"columns of the input: {listed(names)}"
                 raise InputError(file.path, "prompt.template", f"no column {missing[0]!r}", allowed)
     return encoder
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from eevp_batch.errors import SpecError
+from eevp_batch.job_secrets import refuse_secrets
 from eevp_batch.spec import Allowed, JobSpec
 from eevp_batch.yaml_lines import Document, Loc, Origin, add_core_resolvers, dotted, read_yaml
 
@@ -135,6 +136,7 @@ def _read(text: str, file: str, base: Path, overrides: Sequence[str]) -> SpecSou
         raise SpecError(file, line, "document", found, describe(JobSpec))
     for override in overrides:
         _override(document, override)
+    refuse_secrets(document)
     try:
         spec = JobSpec.model_validate(document.value)
     except ValidationError as error:

@@ -18,6 +18,8 @@ from eevp_batch.errors import SpecError
 
 Loc = tuple[str | int, ...]
 MAX_DEPTH = 20
+MAX_VALUES = 20_000
+"""Most keys and values of a document; as many take about a second."""
 
 _TAG = "tag:yaml.org,2002:"
 _NULL = re.compile(r"(?:~|null|Null|NULL|)$")
@@ -87,7 +89,7 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes; scalars are resolved by YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-    depth = 0
+    depth = num_values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -95,6 +97,9 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(event, f"the alias *{event.anchor}", "the value itself")
         if self.depth > MAX_DEPTH:
             raise _Refused(event, f"more than {MAX_DEPTH} levels", "fewer levels")
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _Refused(event, f"more than {MAX_VALUES:,} keys and values", "fewer")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -113,7 +118,10 @@ add_core_resolvers(_Loader)
 
 def _integer(text: str) -> int:
     bases = {"0o": 8, "0x": 16}
-    return int(text[2:], bases[text[:2]]) if text[:2] in bases else int(text)
+    value = int(text[2:], bases[text[:2]]) if text[:2] in bases else int(text)
+    if value.bit_length() > 64:
+        raise ValueError("an integer of more than 64 bits")
+    return value
 
 
 def _float(text: str) -> float:
@@ -121,7 +129,7 @@ def _float(text: str) -> float:
 
 
 _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
-    _TAG + "str": (re.compile(""), str),
+    _TAG + "str": (re.compile(r"[^\ud800-\udfff]*\Z"), str),
     _TAG + "null": (_NULL, lambda text: None),
     _TAG + "bool": (_BOOL, lambda text: text.lower() == "true"),
     _TAG + "int": (_INT, _integer),
@@ -180,7 +188,7 @@ class _Reader:
             raise self._error(loc, node.start_mark.line, repr(node.value), allowed)
         try:
             return convert(node.value)
-        except ValueError as error:  # more digits than Python reads into an integer
+        except ValueError as error:
             raise self._error(loc, node.start_mark.line, str(error), "a shorter number") from None
 
     def _mapping(self, node: Any, loc: Loc) -> dict[str, Any]:
@@ -188,7 +196,8 @@ class _Reader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line
             key: Hashable = key_node.value
-            if key_node.tag != _TAG + "str" or not isinstance(key, str):
+            is_text = isinstance(key, str) and _SCALARS[_TAG + "str"][0].match(key)
+            if key_node.tag != _TAG + "str" or not isinstance(key, str) or not is_text:
                 found = f"the key {key}" if isinstance(key, str) else "a list or mapping as key"
                 raise self._error(loc, line, found, "keys that are strings")
             here = (*loc, key)

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eevp_batch import errors
-from eevp_batch.cli import _Commands, main
+from eevp_batch.cli import _Commands, _sum_up, main
+from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
 from tests.storage.jobs import make_spec, run_job, write_input
 
@@ -243,7 +244,40 @@ def test_reading_commands_read_a_finished_job(out: Path) -> None:
         assert (text.exit_code, data.exit_code) == (0, 0), text.stderr + data.stderr
         assert text.stdout and json.loads(data.stdout)
         assert text.stderr == "", "data goes to stdout"
-    assert files(out) == before, "a reading command writes nothing"
+    written = {str(out / "report.html"), str(out / "README.md")}
+    assert {path for path in files(out) if path not in before} == written
+    kept = {path: at for path, at in files(out).items() if path in before and path != str(out)}
+    assert kept.items() <= before.items(), "nothing else is written"
+
+
+def test_a_report_goes_elsewhere_where_it_is_told_to(out: Path, tmp_path: Path) -> None:
+    before = files(out)
+    result = invoke("report", out, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0 and str(tmp_path / "page.html") in result.stdout
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    result = invoke("report", out, "--json")
+    assert json.loads(result.stdout)["sampled"]["rows"] > 0
+    assert invoke("report", out, "--json", "--out", tmp_path / "page.html").exit_code == 2
+    assert invoke("report", out, "--out", tmp_path / "none" / "page.html").exit_code == 1
+    assert files(out) == before
+
+
+def test_a_report_that_cannot_be_written_fails_its_command_but_not_a_job(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "report.html").mkdir()
+    result = invoke("report", out)
+    assert result.exit_code == 1 and "--out FILE writes it elsewhere" in result.stderr
+    _sum_up(str(out))  # what a job does in the end
+    told = capsys.readouterr()
+    assert "20 in, " in told.out, "the summary is shown all the same"
+    assert "the report could not be written" in told.err
+
+
+def test_watching_a_finished_job_shows_it_once(out: Path) -> None:
+    result = invoke("status", out, "--watch")
+    assert result.exit_code == 0 and result.stdout.endswith("done, 20 of 20 rows (100.0 %)\n")
+    assert invoke("status", out, "--watch", "--json").exit_code == 2
 
 
 def test_verify_ends_with_6_and_names_the_missing_part(out: Path) -> None:
@@ -293,6 +327,10 @@ def test_a_job_from_submit_to_report(
     assert "tokens by exit layer" in done.stdout and "sample generations" in done.stdout
     assert "Traceback" not in done.stderr and "\x1b" not in done.stdout
     assert "20/20 rows (100%)" in done.stderr, "plain progress lines go to stderr"
+    assert "word start" in (out / "report.html").read_text(), "a job leaves its report"
+    assert (out / "README.md").read_text().startswith("---\n")
+    (ready,) = (e for e in read_events(Store.open(out)) if e["event"] == "replica_ready")
+    assert ready["machine"]["cores"] >= 1 and ready["machine"]["torch"], "what it ran on"
     assert invoke("verify", out).exit_code == 0
     assert json.loads(invoke("validate", job, "--json").stdout)["resumes"] is True
     before = files(out / "data")
@@ -315,6 +353,7 @@ def test_too_many_errors_end_with_3(job: Path) -> None:
     assert "a higher limit" in done.stderr, "the user is not told how to go on"
     retry = ("retry-errors", job.parent / "out", "--class", "NoSuchError")
     assert invoke(*retry, "--set", "run.max_error_rate=0.05").exit_code == 3
-    again = invoke(*retry, "--set", "run.max_errors=2")
+    again = invoke(*retry, "--set", "run.max_error_rate=0.2")
     assert again.exit_code == 0 and "2 in error" in again.stdout, again.stderr
+    assert "no row in error of class NoSuchError" in again.stderr
     assert invoke(*retry, "--set", "sampling.seed=1").exit_code == 4

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,41 @@ def test_a_generation_leaves_room_for_a_prompt(tmp_path: Path) -> None:
     assert prompt_room(SamplingSpec(max_new_tokens=255), model) == 1
     with pytest.raises(SpecError, match="at most 255"):
         prompt_room(SamplingSpec(max_new_tokens=256), model)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
+    index = {"weight_map": {"w": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="no name of a file"):
+        hash_model(folder)
+
+
+def test_an_adapter_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"found adapter_config\.json"):
+        hash_model(folder)
+
+
+def test_code_and_pickles_in_a_model_folder_do_not_run(tiny_llama: Path, tmp_path: Path) -> None:
+    from eevp_batch.engine.load import load
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    ran = tmp_path / "ran"
+    evil = f"open({str(ran)!r}, 'w')\n"
+    for name in ("modeling_evil", "tokenization_evil", "configuration_evil"):
+        (folder / f"{name}.py").write_text(evil)
+    # A pickle that writes the file when it is read, under every name that somebody might read.
+    pickle = f"cbuiltins\nexec\n(V{evil.strip()}\ntR.".encode()
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "scheduler.pt"):
+        (folder / name).write_bytes(pickle)
+    auto = {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
+    tokens = {"AutoTokenizer": ["tokenization_evil.T", None]}
+    for name, maps in (("config.json", auto), ("tokenizer_config.json", tokens)):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": maps}))
+    with contextlib.suppress(ModelError):  # refusing the folder is as good
+        load(str(folder), sampling=SamplingSpec(max_new_tokens=8), dtype="float32")
+    assert not ran.exists(), "code of the model folder ran"

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
+from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError
 
 _CONNECT_S = 10.0
@@ -19,26 +20,29 @@ _CONNECT_S = 10.0
 
 @contextlib.contextmanager
 def attached_ray(address: str) -> Iterator[LocalRay]:
-    """Join a cluster for the block. Its processes are nobody's to end here.
+    """Join a cluster for the block, or use what this process is connected to already.
 
-    Only the replicas that the block starts end with it, or with this process, however that ends.
+    Its processes are nobody's to end here: only the replicas that the block starts end with it, or
+    with this process, however that ends.
 
     Args:
         address: `auto`, or host and port of its head; a node of it runs on this machine.
 
     Raises:
-        ClusterError: it cannot be reached, or it refused us.
+        ClusterError: it cannot be reached, it refused us, or it lets anybody in.
     """
+    found = _checked(address)
     if ray.is_initialized():
         yield LocalRay(logs=current_logs())
         return
-    found = _checked(address)
+    refuse_old_ray()
     be_quiet()
     try:
-        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+        joined = ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise _unreachable(address, error) from error
     try:
+        refuse_open_dashboard(joined.dashboard_url)
         yield LocalRay(logs=current_logs())
     finally:
         ray.shutdown()
@@ -57,5 +61,7 @@ def _checked(address: str) -> str:
 
 def _unreachable(address: str, error: Exception) -> ClusterError:
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    verb = "refused us" if isinstance(error, AuthenticationError) else "cannot be joined"
+    # Not every Ray that will do has the class.
+    is_refusal = type(error).__name__ == "AuthenticationError"
+    verb = "refused us" if is_refusal else "cannot be joined"
     return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {said}")

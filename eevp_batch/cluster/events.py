@@ -7,7 +7,7 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 |---|---|
 | `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
 | `retry_started` | `chunks`, `rows` (error rows that are tried again), `replicas`, `pid` |
-| `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s` |
+| `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s`, `machine` |
 | `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
 | `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase`, of a suspect also `span` |
 | `row_set_aside` | `chunk_id`, `number` (of the row in what was leased), `deaths` |

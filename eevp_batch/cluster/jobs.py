@@ -111,8 +111,11 @@ def run_job(
         retry=retry,
         repairs=repairs,
     )
-    with run.committer.lock(), Interrupts() as interrupts:
-        return run.run(interrupts)
+    try:
+        with run.committer.lock(), Interrupts() as interrupts:
+            return run.run(interrupts)
+    except OSError as error:
+        raise JobFailedError(f"{store.text}: {error}") from error
 
 
 class _Run:
@@ -151,7 +154,7 @@ class _Run:
             raise
         except OSError as error:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
-            raise JobFailedError(f"{self.store.text}: {error}") from error
+            raise
 
     def _repair(self) -> None:
         """Set damaged chunks aside, and say which and why."""
@@ -193,6 +196,8 @@ class _Run:
         max_attempts = self.spec.run.max_attempts
         if self.retry is not None:
             patches = {p.chunk_id: p for p in find_patches(self.committer, self.retry)}
+            if not patches:
+                self.on_message(f"no row in error{_of(self.retry)} is there to be tried again")
             return Backlog.retry(self.plan, patches, max_attempts)
         to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
         return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
@@ -324,6 +329,10 @@ class _Run:
             events.write(
                 event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
             )
+
+
+def _of(classes: Sequence[str]) -> str:
+    return f" of class {' or '.join(classes)}" if classes else ""
 
 
 def _load(

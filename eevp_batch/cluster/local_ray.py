@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from eevp_batch.cluster import guard
+from eevp_batch.cluster.ray_safety import refuse_old_ray
 from eevp_batch.errors import ClusterError
 
 # Only leases, attempts and counters cross Ray; the job's spec and plan are the largest objects.
@@ -65,8 +66,9 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
         dashboard: whether to serve the dashboard on 127.0.0.1, where its packages are installed.
 
     Raises:
-        ClusterError: Ray did not start.
+        ClusterError: Ray did not start, or is too old to be safe.
     """
+    refuse_old_ray()
     if ray.is_initialized():
         yield LocalRay(logs=current_logs())
         return

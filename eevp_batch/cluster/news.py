@@ -62,6 +62,7 @@ def ready_fields(slot: Slot, ready: ReplicaReady) -> dict[str, Any]:
         "max_resident": ready.max_resident,
         "leases": slot.max_leases,
         "start_s": round(ready.start_s, 3),
+        "machine": ready.machine,
     }
 
 

@@ -8,6 +8,7 @@ at a time; one thread runs the engine, two others read, encode and write beside 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 import traceback
@@ -30,6 +31,7 @@ from eevp_batch.cluster.engine_loop import (
 )
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.machine import describe_machine
 from eevp_batch.cluster.selection import Selection, select_rows, take_rows
 from eevp_batch.cluster.watchdog import watch
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
@@ -43,6 +45,7 @@ from eevp_batch.storage.store import Store
 __all__ = ["Replica", "ReplicaReady", "RowEncoder", "RowEngine"]
 
 _IO_THREADS = 2
+_STORAGE_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,14 @@ class ReplicaReady:
     Attributes:
         max_resident: the most sequences its engine can hold.
         start_s: seconds that building the engine took.
+        machine: what `describe_machine` says.
     """
 
     pid: int
     node_id: str
     max_resident: int
     start_s: float
+    machine: dict[str, Any]
 
 
 class Replica:
@@ -97,6 +102,7 @@ class Replica:
             node_id=_node_id(),
             max_resident=engine.max_resident,
             start_s=time.monotonic() - self._started_s,
+            machine=describe_machine(),
         )
 
     async def process(self, lease: Lease, task: ChunkTask) -> Attempt:
@@ -246,7 +252,8 @@ def _text(error: Exception) -> str:
 
 def _told(error: Exception, where: str) -> JobFailedError:
     """The error as one that crosses Ray whole: a single text. A bug brings its traceback along."""
-    if isinstance(error, EevpError):
+    refuses = isinstance(error, OSError) and error.errno in _STORAGE_REFUSES
+    if refuses or isinstance(error, EevpError):
         return JobFailedError(f"{where}: {_text(error)}")
     origin = "".join(traceback.format_exception(error)).rstrip()
     return JobFailedError(f"{where}: {_text(error)}\n{origin}")

@@ -69,6 +69,9 @@ def _line(slot: Slot, leases: list[Lease], resources: Resources) -> str:
     elif slot.progress.doing:
         does = slot.progress.doing
     else:
-        does = f"was not started by Ray, which finds no node with {resources} to spare"
+        does = (
+            f"has not come up: Ray has no node with {resources} to spare, or is still starting its "
+            "process"
+        )
     chunks = ", ".join(f"{lease.chunk_id:05d}" for lease in leases)
     return f"  {slot.name}{f' with chunk {chunks}' if chunks else ''}: {does}"

@@ -1,6 +1,6 @@
 """Keys and values of skipped layers from fitted maps: the KV policy `bridge`.
 
-Knows states and the maps, nothing of sequences or of the pool.
+Knows states and the maps, nothing of sequences.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from eevp_batch.engine.fitted import Bridge, FittedExits, unit_state
+from eevp_batch.engine.fitted import Bridge, FittedExits, bridge_input, unit_state
+from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packed_linear import PackedLinear
+from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.sequence import Origin
 
 
@@ -21,7 +23,7 @@ class BridgeInput(NamedTuple):
     Attributes:
         origin: where the tokens stopped.
         rows: which of the W tokens they are.
-        states: [rows, E] unit states, or [rows, r] where the bridge is of low rank.
+        states: [rows, in] what its bridge reads, or [rows, r] where that is of low rank.
     """
 
     origin: Origin
@@ -43,12 +45,15 @@ class Bridges:
         self, fitted: FittedExits, dtype: torch.dtype, device: torch.device, eps: float
     ) -> None:
         self._dtype, self._eps = dtype, eps
+        self._lift: dict[Origin, PackedLinear] = {}
         self._down: dict[Origin, PackedLinear] = {}
         self._layers: dict[Origin, dict[int, PackedLinear]] = {}
         for (kind, exit_layer), bridge in fitted.bridges.items():
             self._add(Origin(kind, exit_layer), bridge, device)
 
     def _add(self, origin: Origin, bridge: Bridge, device: torch.device) -> None:
+        if bridge.lift is not None:
+            self._lift[origin] = PackedLinear(bridge.lift.to(device, self._dtype))
         if bridge.down is not None:
             self._down[origin] = PackedLinear(bridge.down.to(device, self._dtype))
         self._layers[origin] = {
@@ -58,14 +63,33 @@ class Bridges:
             for layer, affine in bridge.layers.items()
         }
 
+    @property
+    def read_previous(self) -> bool:
+        """Whether any of them reads the state of the token before."""
+        return bool(self._lift)
+
     def read(
-        self, hidden: torch.Tensor, origins: Sequence[tuple[Origin, slice]]
+        self,
+        hidden: torch.Tensor,
+        before: torch.Tensor | None,
+        origins: Sequence[tuple[Origin, slice]],
     ) -> list[BridgeInput]:
-        """What the bridges of all layers need of the states [W, E] of tokens that stopped."""
+        """What the bridges of all layers need of tokens that stopped.
+
+        Args:
+            hidden: [W, E] states that they stopped with.
+            before: [W, E] states after the first exit layer of the tokens before them; needed where
+                `read_previous`.
+            origins: see `PackedTokens`.
+        """
         unit = unit_state(hidden, self._eps).to(self._dtype)
+        previous = None if before is None else unit_state(before, self._eps).to(self._dtype)
         inputs = []
         for origin, rows in origins:
-            states, down = unit[rows], self._down.get(origin)
+            states = unit[rows]
+            lift, down = self._lift.get(origin), self._down.get(origin)
+            if lift is not None and previous is not None:
+                states = bridge_input(states, previous[rows], lift(states))
             inputs.append(BridgeInput(origin, rows, states if down is None else down(states)))
         return inputs
 
@@ -95,18 +119,17 @@ class SkippingTokens:
 
     Args:
         layers: that they skip.
-        hidden: [W, E] states that they stopped with.
-        origins: see `PackedTokens`.
+        tokens: the pack.
+        pool: holds the states that they stopped with.
     """
 
-    def __init__(
-        self,
-        layers: ProjectingLayers,
-        hidden: torch.Tensor,
-        origins: Sequence[tuple[Origin, slice]],
-    ) -> None:
-        self._layers, self._bridges, self._hidden = layers, layers.bridges, hidden
-        self._inputs = [] if self._bridges is None else self._bridges.read(hidden, origins)
+    def __init__(self, layers: ProjectingLayers, tokens: PackedTokens, pool: KvPool) -> None:
+        self._layers, self._bridges = layers, layers.bridges
+        self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
+        self._inputs: list[BridgeInput] = []
+        if self._bridges is not None:
+            before = pool.states_before(tokens.project_before)
+            self._inputs = self._bridges.read(self._hidden, before, tokens.origins)
 
     def keys_values(self, index: int) -> torch.Tensor:
         """Of layer `index` (0-based), from a bridge or as CALM, section 3.4.

@@ -116,7 +116,9 @@ class _Frame:
     repeat: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, bucket: Bucket, device: torch.device) -> _Frame:
+    def of(cls, bucket: Bucket, pool: KvPool) -> _Frame:
+        device, looks_back = pool.device, pool.first is not None
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -139,6 +141,7 @@ class _Frame:
             scored_rows=zeros(rows),
             project_positions=zeros(num_projected),
             project_slots=zeros(num_projected),
+            project_before=zeros(num_projected if looks_back else 0),
             origins=origins,
             spans=[],
             num_tokens=rows,
@@ -152,9 +155,10 @@ class _Frame:
             _fill(getattr(self.tokens, name), getattr(tokens, name))
         there = dict(self.tokens.origins)
         for origin, rows in tokens.origins:
-            for name in ("project_positions", "project_slots"):
+            for name in ("project_positions", "project_slots", "project_before"):
                 kept: torch.Tensor = getattr(self.tokens, name)
-                _fill(kept[there[origin]], getattr(tokens, name)[rows])
+                if len(kept):
+                    _fill(kept[there[origin]], getattr(tokens, name)[rows])
         if self.tokens.token_ids is not None and tokens.token_ids is not None:
             _fill(self.tokens.token_ids, tokens.token_ids)
         num_rows, num_pages = lookup.tables.shape
@@ -205,7 +209,7 @@ class SegmentRunner:
         """A recording, made on rows of the scratch page; None where there can be none."""
         if len(self._frames) >= MOST_GRAPHS:
             return None
-        frame = _Frame.of(bucket, self._pool.device)
+        frame = _Frame.of(bucket, self._pool)
 
         def work() -> None:
             frame.out = self._model.run_segment(bucket.depth, frame.tokens, self._pool)

@@ -295,7 +295,7 @@ class Engine:
     def _finish_reason(self, sequence: Sequence) -> str | None:
         if sequence.token_ids[-1] in self._end_ids:
             return "eos"
-        if self._stops.is_reached(sequence.token_ids[sequence.num_prompt :]):
+        if self._stops.is_reached(sequence.token_ids, sequence.num_prompt):
             return "stop"
         return "length" if sequence.num_generated >= sequence.max_new_tokens else None
 

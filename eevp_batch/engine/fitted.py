@@ -47,6 +47,11 @@ class Affine:
         )
 
 
+def bridge_input(unit: torch.Tensor, previous: torch.Tensor, lifted: torch.Tensor) -> torch.Tensor:
+    """What a bridge with a lift reads: [u; v; relu(lift u)] of [W, E], [W, E] and [W, R]."""
+    return torch.cat([unit, previous, lifted.relu()], -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Bridge:
     """Keys and values of the layers behind an exit, from the state that a token left with.
@@ -54,11 +59,16 @@ class Bridge:
     Attributes:
         layers: by layer number (1-based): [k; v] = weight x + bias of that layer's stacked key and
             value projection, before any key norm and before rotary; [2 * num_kv_heads * D].
-        down: [r, E]; x = down u where there is one, else x = u.
+        down: [r, in]; x = down z where there is one, else x = z.
+        lift: [R, E]; with it z = [u; v; relu(lift u)], in = 2 E + R, where v is the unit state of
+            the token before, after the first exit layer, and zeros where a bridged part of a prompt
+            begins. Without it z = u. The directions are random (random kitchen sinks, Rahimi and
+            Recht 2008), so that what is fitted stays least squares.
     """
 
     layers: Mapping[int, Affine]
     down: torch.Tensor | None = None
+    lift: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,10 @@ class FittedExits:
             tensors = parse_safetensors(weights)
         except SafetensorError as error:
             raise FittedExitsError(f"{folder / WEIGHTS}: {error}") from error
-        return _assembled(manifest, tensors)
+        try:
+            return _assembled(manifest, tensors)
+        except KeyError as error:
+            raise FittedExitsError(f"{folder / WEIGHTS}: found no tensor {error}") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything by the name that it has in the file."""
@@ -141,6 +154,8 @@ class FittedExits:
             stem = f"bridges.{kind}.{exit_layer}"
             if bridge.down is not None:
                 out[f"{stem}.down"] = bridge.down
+            if bridge.lift is not None:
+                out[f"{stem}.lift"] = bridge.lift.clone()  # safetensors take no memory twice
             for layer, affine in bridge.layers.items():
                 out[f"{stem}.{layer}.weight"] = affine.weight
                 out[f"{stem}.{layer}.bias"] = affine.bias
@@ -178,7 +193,8 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
                 layers = {
                     layer: affine(f"{stem}.{layer}") for layer in range(e + 1, num_layers + 1)
                 }
-                bridges[kind, e] = Bridge(layers, tensors.get(f"{stem}.down"))
+                down, lift = tensors.get(f"{stem}.down"), tensors.get(f"{stem}.lift")
+                bridges[kind, e] = Bridge(layers, down, lift)
     proposal = None
     if "proposal.left" in tensors:
         proposal = LowRankProposal(tensors["proposal.left"], tensors["proposal.right"])

@@ -297,9 +297,8 @@ class _Waiting:
 
     def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvPool) -> None:
         self._layers = layers
-        hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
         self._attention = _Attention(layers, pool, tokens.project_positions, tokens.project_slots)
-        self._skipping = SkippingTokens(layers, hidden, tokens.origins)
+        self._skipping = SkippingTokens(layers, tokens, pool)
 
     def project(self, index: int) -> None:
         """Write their keys/values of layer `index`."""

@@ -23,6 +23,9 @@ KvLayout = Literal["lane", "head", "token"]
 """How a page of keys and values lies in memory: [num_kv_heads, page_size, D] by `head`; the same
 with keys [num_kv_heads, D, page_size] by `lane`, as the CPU kernels read it; and
 [page_size, num_kv_heads, D] by `token`, as paged kernels on a GPU do."""
+FirstStates = Literal["hidden", "own"]
+"""Where the state after the first exit layer stays: with the one that a token waits with, or in a
+place of its own."""
 SCRATCH_PAGE = 0
 """Page 0 belongs to nobody: rows that only pad a batch write there."""
 
@@ -47,6 +50,7 @@ class KvPool:
         hidden_dtype: of hidden states.
         layout: how a page lies in memory.
         page_size: tokens of a page.
+        first: where states after the first exit layer stay; None: nobody asks for them.
 
     Attributes:
         page_table: [max_resident + 1, max_pages] int64 in host memory, whatever the device; unused
@@ -67,6 +71,7 @@ class KvPool:
         hidden_dtype: torch.dtype,
         layout: KvLayout = "head",
         page_size: int = PAGE_SIZE,
+        first: FirstStates | None = None,
     ) -> None:
         num_slots = (num_pages + 1) * page_size
         self.num_pages, self.page_size, self.device = num_pages, page_size, device
@@ -83,6 +88,9 @@ class KvPool:
         ]
         # [num_slots, E]
         self.hidden = _zeros(num_slots * hidden_size, hidden_dtype, device).view(num_slots, -1)
+        self.first = None if first is None else self.hidden  # [num_slots, E]
+        if first == "own":
+            self.first = torch.zeros_like(self.hidden)
         self.page_table = torch.zeros(max_resident + 1, self.max_pages, dtype=torch.int64)
         self._free_pages = list(range(num_pages, 0, -1))
         self._free_seats = list(range(max_resident - 1, -1, -1))
@@ -167,7 +175,7 @@ class KvPool:
         self._num_promised += sequence.promised
         if num_shared % self.page_size:
             self._allocate(sequence)
-            for store in (*self.keys, *self.values):
+            for store in self._stores():
                 pages = store.view(self.num_pages + 1, -1)
                 pages[sequence.pages[-1]] = pages[shared[num_whole]]
         sequence.share(num_shared)
@@ -197,7 +205,7 @@ class KvPool:
             self._free_pages.append(page)
             if page in self._tainted:
                 self._tainted.remove(page)
-                for store in (*self.keys, *self.values, self.hidden):
+                for store in self._stores():
                     store.view(self.num_pages + 1, -1)[page] = 0
 
     def grow(self, sequence: Sequence) -> bool:
@@ -236,6 +244,22 @@ class KvPool:
         """Where position `position` of the sequence lives."""
         page, offset = divmod(position, self.page_size)
         return sequence.pages[page] * self.page_size + offset
+
+    def states_before(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """States after the first exit layer at slots [W], zeros at slot 0; [W, E].
+
+        None where they are not kept.
+        """
+        if self.first is None:
+            return None
+        return self.first.index_select(0, slots).masked_fill_((slots == 0)[:, None], 0.0)
+
+    def _stores(self) -> list[torch.Tensor]:
+        """Everything that lies in pages."""
+        states = [self.hidden]
+        if self.first is not None and self.first is not self.hidden:
+            states.append(self.first)
+        return [*self.keys, *self.values, *states]
 
     # --- keys and values -------------------------------------------------------------------------
 

@@ -50,11 +50,11 @@ class Limits:
 
 
 def page_bytes(model: SegmentedModel) -> int:
-    """Bytes of one page: keys, values and the hidden state of so many tokens."""
+    """Bytes of one page: keys, values and the hidden states of so many tokens."""
     kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * model.dtype.itemsize
-    return model.layers.page_size * (
-        kv_bytes + model.hidden_size * model.layers.hidden_dtype.itemsize
-    )
+    state_bytes = model.hidden_size * model.layers.hidden_dtype.itemsize
+    num_states = 2 if model.first_states == "own" else 1
+    return model.layers.page_size * (kv_bytes + num_states * state_bytes)
 
 
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:

@@ -132,9 +132,8 @@ class _Waiting:
 
     def __init__(self, layers: ModuleLayers, tokens: PackedTokens, pool: KvPool) -> None:
         self._layers, self._pool, self._slots = layers, pool, tokens.project_slots
-        hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
-        self._rotary = layers._angles(tokens.project_positions, hidden)
-        self._skipping = SkippingTokens(layers, hidden, tokens.origins)
+        self._rotary = layers._angles(tokens.project_positions, pool.hidden)
+        self._skipping = SkippingTokens(layers, tokens, pool)
 
     def project(self, index: int) -> None:
         """Write their keys/values of layer `index`."""

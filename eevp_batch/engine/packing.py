@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from eevp_batch.engine.kv_cache import KvPool
-from eevp_batch.engine.sequence import Origin, Sequence, Waiting
+from eevp_batch.engine.kv_cache import SCRATCH_PAGE, KvPool
+from eevp_batch.engine.sequence import Kind, Origin, Sequence, Waiting
 from eevp_batch.engine.upload import columns_to_device
 
 
@@ -65,6 +65,8 @@ class PackedTokens:
         scored_rows: [S] their rows, in the same order.
         project_positions: [W] positions of the tokens that are only projected, by origin.
         project_slots: [W] their slots.
+        project_before: [W] the slots of the tokens before them, 0 where a bridged part of a prompt
+            begins; [0] where the pool keeps no states for them.
         origins: which of the W have which origin; these cover all of them, in order.
         spans: the rows of each sequence; those with a single row come first.
         num_tokens: rows that are real.
@@ -78,6 +80,7 @@ class PackedTokens:
     scored_rows: torch.Tensor
     project_positions: torch.Tensor
     project_slots: torch.Tensor
+    project_before: torch.Tensor
     origins: list[tuple[Origin, slice]]
     spans: list[Span]
     num_tokens: int
@@ -120,7 +123,8 @@ class _Rows:
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
-        self._project: dict[Origin, tuple[list[int], list[int]]] = {}  # positions and slots
+        self._looks_back = pool.first is not None
+        self._project: dict[Origin, tuple[list[int], ...]] = {}  # positions, slots, slots before
         self._spans: list[Span] = []
 
     def add(self, sequence: Sequence, waiting: Waiting) -> range:
@@ -130,24 +134,35 @@ class _Rows:
         self._slots += _slots(sequence.pages, run, self._page_size)
         self._token_ids += [sequence.token_ids[position] for position in run]
         for origin, positions in waiting.project.items():
-            columns = self._project.setdefault(origin, ([], []))
+            columns = self._project.setdefault(origin, ([], [], []))
             columns[0].extend(positions)
             columns[1].extend(_slots(sequence.pages, positions, self._page_size))
+            if self._looks_back:
+                columns[2].extend(self._before(sequence, origin.kind, positions))
         stop = len(self._positions)
         pages = sequence.pages[: run[-1] // self._page_size + 1]
         is_fresh = len(run) == run[-1] + 1
         self._spans.append(Span(start, stop, sequence.seat, pages, is_fresh, run))
         return range(stop - len(waiting.scored), stop)
 
+    def _before(self, sequence: Sequence, kind: Kind, positions: list[int]) -> list[int]:
+        """Slots of the positions before; a row's own, so that nothing else decides which."""
+        start = sequence.bridged_from if kind == "prompt" else 0
+        before = [position - 1 for position in positions if position > start]
+        none = [SCRATCH_PAGE] * (len(positions) - len(before))
+        return none + _slots(sequence.pages, before, self._page_size)
+
     def packed(self, depth: int, scored: list[range], scored_rows: list[range]) -> PackedTokens:
         """The pack, padded."""
         skipped_positions: list[int] = []
         skipped_slots: list[int] = []
+        slots_before: list[int] = []
         origins = []
         for origin, columns in self._project.items():
             start = len(skipped_slots)
             skipped_positions += self._padded(columns[0])
             skipped_slots += self._padded(columns[1])
+            slots_before += self._padded(columns[2])
             origins.append((origin, slice(start, len(skipped_slots))))
         sent = columns_to_device(
             [
@@ -157,18 +172,20 @@ class _Rows:
                 [*chain(*scored_rows)],
                 skipped_positions,
                 skipped_slots,
+                slots_before,
             ],
             self._device,
         )
-        token_ids, positions, slots, rows, project_positions, project_slots = sent
+        token_ids, positions, slots, rows, *projected = sent
         return PackedTokens(
             token_ids=token_ids if depth == 0 else None,
             positions=positions,
             slots=slots,
             scored=scored,
             scored_rows=rows,
-            project_positions=project_positions,
-            project_slots=project_slots,
+            project_positions=projected[0],
+            project_slots=projected[1],
+            project_before=projected[2],
             origins=origins,
             spans=self._spans,
             num_tokens=len(self._positions),

@@ -54,6 +54,7 @@ def layer_time(model: SegmentedModel, num_rows: int) -> float:
         scored_rows=rows,
         project_positions=rows[:0],
         project_slots=rows[:0],
+        project_before=rows[:0],
         origins=[],
         spans=[],
         num_tokens=0,

@@ -19,7 +19,7 @@ from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.bridges import Bridges
 from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.fused import FusedLayers, can_fuse
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_cache import FirstStates, KvPool
 from eevp_batch.engine.module_layers import ModuleLayers
 from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
@@ -155,7 +155,16 @@ class SegmentedModel:
             hidden_dtype=self.layers.hidden_dtype,
             layout=self.layers.kv_layout,
             page_size=self.layers.page_size,
+            first=self.first_states,
         )
+
+    @property
+    def first_states(self) -> FirstStates | None:
+        """Where a pool keeps the states after the first exit layer for bridges that look back."""
+        if self.layers.bridges is None or not self.layers.bridges.read_previous:
+            return None
+        # With one exit before the last layer nothing overwrites a state.
+        return "hidden" if self.num_segments <= 2 else "own"
 
     def segment_layers(self, depth: int) -> range:
         """0-based indices of the layers that segment `depth` runs."""
@@ -180,6 +189,8 @@ class SegmentedModel:
         if depth + 1 < self.num_segments:
             real = slice(tokens.num_tokens)
             pool.hidden.index_copy_(0, tokens.slots[real], hidden[real])
+            if depth == 0 and self.first_states == "own" and pool.first is not None:
+                pool.first.index_copy_(0, tokens.slots[real], hidden[real])
         return SegmentOutput(hidden.index_select(0, tokens.scored_rows), before)
 
     def use(self, fitted: FittedExits) -> None:

@@ -135,6 +135,11 @@ class Sequence:
         return len(self.prompt.token_ids)
 
     @property
+    def bridged_from(self) -> int:
+        """Position where the bridged part of the prompt begins, where it has one."""
+        return self._short_prompt.lead if self._short_prompt else 0
+
+    @property
     def num_generated(self) -> int:
         return len(self.exits)
 

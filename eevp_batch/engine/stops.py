@@ -24,15 +24,21 @@ class StopStrings:
         longest = max((len(stop.encode()) for stop in stops), default=0)
         self._window = longest + self.SPARE_TOKENS
 
-    def is_reached(self, generated: list[int]) -> bool:
-        """Whether the newest of the generated tokens completed a stop string."""
+    def is_reached(self, token_ids: list[int], start: int = 0) -> bool:
+        """Whether the newest token completed a stop string.
+
+        Args:
+            token_ids: prompt and generation; as it is asked after each token, only their end is
+                copied.
+            start: the first generated one.
+        """
         if not self._stops:
             return False
-        tail = self._decode(generated[-self._window :])
+        tail = self._decode(token_ids[max(start, len(token_ids) - self._window) :])
         if not any(stop in tail for stop in self._stops):
             return False
         # A tail decodes a little differently from the whole at its first token: ask the whole.
-        text = self._decode(generated)
+        text = self._decode(token_ids[start:])
         return any(stop in text for stop in self._stops)
 
     def cut(self, text: str) -> str:

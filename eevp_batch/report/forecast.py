@@ -7,6 +7,7 @@ sampling are small beside them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,25 +143,46 @@ def forecast(
 def flops_per_token(spec: JobSpec, model: ModelConfig) -> tuple[int, int]:
     """Operations of one generated token, attention left out: leaving first, and never leaving.
 
-    A token that leaves still has the keys and values of the layers that it skipped projected.
-
     Args:
         spec: the job.
         model: its model.
     """
     layers = resolve_exit_layers(spec.exit, model.num_layers)
+    vocab = spec.exit.vocab
     prune_layer = resolve_prune_layer(spec.exit, layers)
-    kept = min(spec.exit.vocab.top_k or model.vocab_size, model.vocab_size)
-    heads = {}
-    for layer in layers:
-        is_full_end = layer == layers[-1] and spec.exit.vocab.final_head == "full"
-        is_full = prune_layer is None or layer <= prune_layer or is_full_end
-        heads[layer] = model.hidden_size * (model.vocab_size if is_full else kept)
+    flops = flops_by_exit(model, layers, prune_layer, vocab.top_k, vocab.final_head == "full")
+    return flops[layers[0]], flops[layers[-1]]
+
+
+def flops_by_exit(
+    model: ModelConfig,
+    exit_layers: Sequence[int],
+    prune_layer: int | None,
+    top_k: int | None,
+    ends_full: bool,
+) -> dict[int, int]:
+    """Operations of one generated token by the layer it leaves after, attention left out.
+
+    A token is scored at every exit layer up to the one it leaves after, and still has the keys and
+    values of the layers that it skipped projected.
+
+    Args:
+        model: its shape.
+        exit_layers: increasing, the last layer among them.
+        prune_layer: where the vocabulary is cut; None where it never is.
+        top_k: ids that are kept there.
+        ends_full: whether the last layer scores the whole vocabulary.
+    """
+    kept = min(top_k or model.vocab_size, model.vocab_size)
     project = 2 * model.num_kv_heads * model.head_size * model.hidden_size
-    skipped = model.num_layers - layers[0]
-    least = layers[0] * model.layer_weights + heads[layers[0]] + skipped * project
-    most = model.num_layers * model.layer_weights + sum(heads.values())
-    return 2 * least, 2 * most
+    flops, heads = {}, 0
+    for layer in exit_layers:
+        is_full = prune_layer is None or layer <= prune_layer
+        is_full = is_full or (ends_full and layer == exit_layers[-1])
+        heads += model.hidden_size * (model.vocab_size if is_full else kept)
+        skipped = model.num_layers - layer
+        flops[layer] = 2 * (layer * model.layer_weights + heads + skipped * project)
+    return flops
 
 
 def _running_lengths(spec: JobSpec, counts: PromptCounts) -> Counter[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,24 +173,34 @@ def _read_sample(store: Store, plan: Plan, chunk_id: int, place: float) -> Sampl
         with store.open_input(rel) as source:
             table = pq.read_table(source, columns=_SAMPLE_COLUMNS)
         row = table.slice(int(place * table.num_rows), 1).to_pylist()[0]
-    except (OSError, pa.ArrowException, IndexError) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, LookupError) as error:
         raise JobFailedError(
             f"{store.text}: {rel}: cannot be read ({error}); `eevp-batch verify` tells more"
         ) from error
-    return Sample(prompt=_prompt_of(plan, chunk_id, row["row_id"]), **row)
+    prompts = read_prompts(plan, chunk_id, [row["row_id"]])
+    return Sample(prompt=prompts.get(row["row_id"]), **row)
 
 
-def _prompt_of(plan: Plan, chunk_id: int, row_id: RowId) -> str | None:
-    """The prompt that a row had, while the input is still what was planned."""
+def read_prompts(plan: Plan, chunk_id: int, row_ids: Collection[RowId]) -> dict[RowId, str]:
+    """Prompts or last messages of some rows of a chunk; a row that has none is left out.
+
+    There are none where a template made the prompts, or the input is not what was planned any more.
+
+    Args:
+        plan: the job's.
+        chunk_id: where the rows are.
+        row_ids: which rows.
+    """
     column = plan.fields["input.messages_column"] or plan.fields["input.prompt_column"]
     if column is None:
-        return None
+        return {}
     try:
         table = read_chunk(plan, plan.chunks[chunk_id], [column])
     except JobFailedError:  # moved or changed: a report is about the output
-        return None
-    rows = (row for row in iter_rows(table) if row[plan.id_column] == row_id)
-    return _text_of(next(rows, {}).get(column))
+        return {}
+    rows = (row for row in iter_rows(table) if row[plan.id_column] in row_ids)
+    prompts = {row[plan.id_column]: _text_of(row[column]) for row in rows}
+    return {row_id: text for row_id, text in prompts.items() if text is not None}
 
 
 def _text_of(prompt: Any) -> str | None:

@@ -60,8 +60,20 @@ def render_status(status: Status, width: int, now_unix_s: float) -> str:
         width: columns of the terminal.
         now_unix_s: the time now.
     """
-    totals, last = status.totals, status.last_progress_unix_s
     done = status.rows_done / status.rows_total if status.rows_total else 1.0
+    gauge = f"  {bar(done, min(width - 12, 60), '░')} {percent(done)}"
+    facts = _facts(status_facts(status, now_unix_s))
+    return f"{status.run_id}: {_state(status.state, status.reason)}\n{gauge}\n{facts}"
+
+
+def status_facts(status: Status, now_unix_s: float) -> dict[str, Any]:
+    """What there is to say of a job's progress, by label.
+
+    Args:
+        status: one look at the job.
+        now_unix_s: the time now.
+    """
+    totals, last = status.totals, status.last_progress_unix_s
     figures = audit_figures(totals.audit)
     left = None
     if status.state == "running" and status.tokens_per_s and totals.generated_tokens:
@@ -79,8 +91,7 @@ def render_status(status: Status, width: int, now_unix_s: float) -> str:
         "last progress": last and f"{duration(max(0.0, now_unix_s - last))} ago",
         "time left": left,
     }
-    gauge = f"  {bar(done, min(width - 12, 60), '░')} {percent(done)}"
-    return f"{status.run_id}: {_state(status.state, status.reason)}\n{gauge}\n{_facts(facts)}"
+    return {label: value for label, value in facts.items() if value}
 
 
 def render_forecast(forecast: Forecast, width: int) -> str:

@@ -12,17 +12,20 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from eevp_batch.errors import EngineError, InputError, JobFailedError
 from eevp_batch.records import Generation, Phase, RowFailure, RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.ids import ids_digest
-from eevp_batch.storage.inputs import InputParquet, patiently
+from eevp_batch.storage.inputs import UNREADABLE, InputParquet, patiently
 from eevp_batch.storage.plan import Chunk, Plan
 from eevp_batch.storage.scan import plain_ids
-from eevp_batch.storage.schema import error_schema, output_schema, plain_type
+from eevp_batch.storage.schema import error_schema, is_text, listed, output_schema, plain_type
 
-_BATCH_ROWS = 1 << 12
+_BATCH_ROWS = 1 << 8
+MAX_CHUNK_BYTES = 2 << 30
+"""Most bytes that a chunk's rows may take in memory: ids, kept columns, prompts."""
 
 
 def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
@@ -44,13 +47,36 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
         _check_named(file, names)
         stop = chunk.row_start + chunk.num_rows
         read = partial(file.batches, names, chunk.row_start, stop, _BATCH_ROWS)
-        batches = patiently(planned.path, lambda: list(read()))
-    except (InputError, OSError, pa.ArrowException) as error:
+        batches = patiently(planned.path, lambda: _held(read(), file.text))
+    except (InputError, *UNREADABLE) as error:
         raise JobFailedError(f"chunk {chunk.name}: {planned.path}: {error}") from error
-    table = _plain_table(pa.Table.from_batches(batches))
+    table = pa.concat_tables(batches).combine_chunks()
     if ids_digest(table_ids(table, plan, planned.path)) != chunk.id_digest:
         raise _changed(planned.path)
     return table
+
+
+def _held(batches: Iterator[Any], file: str) -> list[Any]:
+    """The batches, their encodings off; refused as soon as they are too much."""
+    held: list[Any] = []
+    num_bytes = 0
+    for batch in batches:
+        num_bytes += sum(_plain_bytes(column) for column in batch.columns)
+        if num_bytes > MAX_CHUNK_BYTES:
+            found = f"a chunk whose rows take more than {MAX_CHUNK_BYTES:,} bytes"
+            raise InputError(file, "run.chunk_rows", found, "smaller chunks")
+        held.append(_plain_table(pa.Table.from_batches([batch])))
+    return held
+
+
+def _plain_bytes(column: Any) -> int:
+    """Bytes of a column whose encoding is off: a dictionary may hold one text for many rows."""
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    if not is_text(column.type.value_type):
+        return int(column.indices.nbytes) * 8
+    lengths = pc.take(pc.binary_length(column.dictionary), column.indices)
+    return int(pc.sum(lengths).as_py() or 0)
 
 
 def table_ids(table: Any, plan: Plan, file: str) -> list[RowId]:
@@ -218,7 +244,7 @@ def _check_accounted(
 def _plain_table(table: Any) -> Any:
     """Take the encodings off every column."""
     fields = [pa.field(field.name, plain_type(field.type)) for field in table.schema]
-    return table.cast(pa.schema(fields)).combine_chunks()
+    return table.cast(pa.schema(fields))
 
 
 def _check_unchanged(file: InputParquet, footer_hash: str) -> None:
@@ -229,7 +255,7 @@ def _check_unchanged(file: InputParquet, footer_hash: str) -> None:
 def _check_named(file: InputParquet, names: Sequence[str]) -> None:
     for name in names:
         if name not in file.schema.names:
-            allowed = f"one of {', '.join(file.schema.names)}"
+            allowed = f"one of {listed(file.schema.names)}"
             raise InputError(file.text, "columns", f"no column {name!r}", allowed)
 
 

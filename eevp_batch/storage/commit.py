@@ -54,11 +54,13 @@ class Committer:
         Raises:
             UsageError: another process runs a job here.
         """
-        with self.store.lock(layout.LOCK) as self._held:
+        store = self.store
+        with store.lock(layout.LOCK) as self._held:
+            self.store = store.guarded(self._held.check)
             try:
                 yield
             finally:
-                self._held = None
+                self.store, self._held = store, None
 
     def check_lock(self) -> None:
         """Make sure that the lock, if it was taken, is still held; call it before each change.

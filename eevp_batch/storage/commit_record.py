@@ -17,6 +17,7 @@ from eevp_batch.records import ChunkStats
 from eevp_batch.storage import layout
 from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.store import Store
+from eevp_batch.storage.typed import typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class CommitRecord:
         """
         try:
             data = json.loads(text)
-            return cls(**{**data, "attempt": Attempt.from_json(data["attempt"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return typed(cls(**{**data, "attempt": Attempt.from_json(data["attempt"])}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise JobFailedError(f"damaged commit record: {error}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -19,7 +19,13 @@ from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
 PATIENCE = Patience()
-_MAGIC = b"PAR1"
+_MAGIC, _ENCRYPTED = b"PAR1", b"PARE"
+MAX_FOOTER_BYTES = 32 << 20
+"""Largest footer that is parsed: parsing takes 0.1 s and 30 MiB for each MiB."""
+MAX_COLUMNS = 10_000
+"""Most columns of a file, nested ones counted."""
+# What pyarrow raises for a damaged file; a name in it may not be UTF-8.
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
 # all of it.
 _READ_BUFFER_BYTES = 1 << 20
@@ -134,8 +140,9 @@ class InputParquet:
             raise InputError(text, "input.path", "no such file", _ALLOWED)
         try:
             return patiently(text, partial(_open, text, info.size, info.mtime_ns))
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(text, "input.path", str(error), "a readable Parquet file") from error
+        except UNREADABLE as error:
+            found = str(error).strip()
+            raise InputError(text, "input.path", found, "a readable Parquet file") from error
 
     @property
     def num_rows(self) -> int:
@@ -147,8 +154,22 @@ class InputParquet:
         """Record batches of rows `start` to `stop` of some top-level columns, in file order.
 
         Row groups outside the run are skipped, and inside one only the pages up to `stop` are
-        decoded.
+        decoded. A page may be as large as the format lets it be, 2 GiB; beside it, memory holds one
+        batch.
+
+        Raises:
+            InputError: the pages hold fewer rows than the footer says.
+            OSError, pa.ArrowException: they cannot be read; see `UNREADABLE`.
         """
+        read = yield from self._batches(columns, start, stop, batch_rows)
+        if read < stop:
+            found = f"{read} rows in its pages, {self.num_rows} in its footer"
+            raise InputError(self.text, "input.path", found, "as many in both")
+
+    def _batches(
+        self, columns: Sequence[str], start: int, stop: int, batch_rows: int
+    ) -> Generator[Any, None, int]:
+        """The batches; returns the number of the row after the last one that was read."""
         groups, position = self._row_groups(start, stop)
         with self.filesystem.open_input_file(self.path) as source:
             file = pq.ParquetFile(
@@ -168,7 +189,8 @@ class InputParquet:
                     # on.
                     yield batch.slice(skip, keep).select(columns)
                 if position >= stop:
-                    return
+                    break
+        return position
 
     def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
         """The row groups that hold rows `start` to `stop`, and the first row of the first one."""
@@ -202,6 +224,7 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
     with location.filesystem.open_input_file(location.path) as source:
         footer = _read_footer(source, size)
         metadata = pq.read_metadata(pa.BufferReader(footer))
+        _check_footer(metadata)
         schema = pq.ParquetFile(source, metadata=metadata).schema_arrow
     return InputParquet(
         text=text,
@@ -216,9 +239,28 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
 def _read_footer(source: Any, size: int) -> bytes:
     """The file metadata, its length and the magic number: the last bytes of every Parquet file."""
     tail = bytes(source.read_at(min(size, 8), max(size - 8, 0)))
+    if tail[4:] == _ENCRYPTED:
+        raise pa.ArrowInvalid("an encrypted Parquet file")
     if tail[4:] != _MAGIC:
         raise pa.ArrowInvalid("not a Parquet file: it does not end with PAR1")
     num_bytes = int.from_bytes(tail[:4], "little") + 8
     if num_bytes > size:
         raise pa.ArrowInvalid("a Parquet file cut short: its footer is longer than the file")
+    if num_bytes > MAX_FOOTER_BYTES:
+        raise pa.ArrowInvalid(f"a footer of {num_bytes:,} bytes, more than {MAX_FOOTER_BYTES:,}")
     return bytes(source.read_at(num_bytes, size - num_bytes))
+
+
+def _check_footer(metadata: Any) -> None:
+    """Refuse a footer that is not to be believed, or too wide to work with.
+
+    Raises:
+        pa.ArrowInvalid: says why.
+    """
+    if metadata.num_columns > MAX_COLUMNS:
+        raise pa.ArrowInvalid(f"{metadata.num_columns:,} columns, more than {MAX_COLUMNS:,}")
+    groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+        raise pa.ArrowInvalid(
+            f"a footer that says {metadata.num_rows} rows, but {sum(groups)} in its row groups"
+        )

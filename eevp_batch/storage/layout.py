@@ -11,6 +11,8 @@ LOCK = "_eevp/lock"
 EXITS_STOPPED = "_eevp/exits_stopped.json"
 LEARNED = "_eevp/learned.json"
 SUCCESS = "_SUCCESS"
+REPORT = "report.html"
+CARD = "README.md"
 
 META_DIR = "_eevp"
 DATA_DIR = "data"

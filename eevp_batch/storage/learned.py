@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 from eevp_batch.errors import JobFailedError
 from eevp_batch.storage import layout
 from eevp_batch.storage.store import Store
+from eevp_batch.storage.typed import typed
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,26 @@ def read_learned(store: Store) -> Learned | None:
     except FileNotFoundError:
         return None
     try:
-        learned = Learned(**json.loads(text))
-    except (ValueError, TypeError) as error:
+        learned = typed(Learned(**json.loads(text)))
+        _refuse_paths(learned.files)
+    except (ValueError, TypeError, RecursionError) as error:
         raise JobFailedError(f"{layout.LEARNED} is damaged: {error}") from error
     for name, sha256 in learned.files.items():
         rel = layout.learned_file(name)
         if not store.exists(rel) or store.sha256(rel) != sha256:
             return None
     return learned
+
+
+def _refuse_paths(names: Iterable[str]) -> None:
+    """The files are copied to a folder on each replica's machine, and stay in it.
+
+    Raises:
+        ValueError: names one that would not.
+    """
+    for name in names:
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"files: found {name!r}; allowed: names of files")
 
 
 def clean_learned(store: Store) -> None:

@@ -14,12 +14,13 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.fs
 
 from eevp_batch.errors import UsageError
+from eevp_batch.uri_secrets import ALLOWED_CREDENTIALS, has_secret
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -29,8 +30,6 @@ CLIENT_TRIES = 3
 CLIENT_RETRY_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 15.0  # without a byte
-
-_SECRET_OPTIONS = {"access_key", "secret_key", "session_token", "account_key", "sas_token"}
 
 
 @dataclass(frozen=True)
@@ -125,18 +124,21 @@ def _check_uri(text: str) -> str:
     Returns:
         The URI without user and options, for messages.
     """
-    parts = urlsplit(text)
-    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise UsageError(f"found a URI that cannot be taken apart: {error}") from error
+    shown = urlunsplit(
+        parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
+    )
+    if has_secret(text):
+        raise UsageError(
+            f"{shown}: found a password or an access key in the URI; allowed: {ALLOWED_CREDENTIALS}"
+        )
     options = parts.query.split("&") if parts.query else []
     if parts.fragment or any("=" not in option for option in options):
         raise UsageError(
             f"{shown}: found a bare # or ? in a URI; allowed: %23 and %3F for the characters, "
             "?name=value for options"
-        )
-    secrets = _SECRET_OPTIONS & {name.lower() for name, _ in parse_qsl(parts.query)}
-    if parts.password or secrets:
-        raise UsageError(
-            f"{shown}: found a password or an access key in the URI; "
-            "allowed: credentials from the environment or from the machine's role"
         )
     return shown

@@ -10,9 +10,10 @@ last heartbeat.
 
 The holder, for its part, asks `check` before it changes anything that another coordinator could
 change: within `hold_s` of its last heartbeat that is free; later, it sends one first, for as long
-as storage needs to come back; and it stops when there is a higher number. What remains is a request
-that is under way for longer than `silent_s + hold_s`, or a process that is stopped for so long
-between `check` and the request: then the exclusive commit record still admits only one of the two.
+as storage needs to come back; and it stops when there is a higher number. An operation that
+storage refuses is checked again before each later try. What remains is one request that is under
+way for longer than `silent_s + hold_s`, or a process that is stopped for so long between `check`
+and the request: then the exclusive commit record still admits only one of the two.
 
 A holder that was killed on this very machine is known to be dead, so nobody waits for it.
 """
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eevp_batch.errors import JobFailedError, UsageError
+from eevp_batch.errors import JobFailedError, StorageError, UsageError
 from eevp_batch.storage.holder import Holder
 from eevp_batch.storage.retries import NO_PATIENCE
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GOODBYE_S = 5.0
+_STALE_LISTING_S = 120.0  # NFS may show a folder as it was a minute ago
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -238,12 +240,20 @@ def _watch(store: Store, folder: str, latest: _Latest, limit_s: float) -> _Lates
 
 
 def _latest(store: Store, folder: str) -> _Latest | None:
-    while True:
+    """The holder with the highest number; None before the first one.
+
+    Raises:
+        StorageError: the listing names a file that is not there, however often it is asked for.
+    """
+    until_s = time.monotonic() + _STALE_LISTING_S
+    while time.monotonic() < until_s:
         numbers = [number for name in store.names(folder) if (number := _number(name)) is not None]
         if not numbers:
             return None
         with contextlib.suppress(FileNotFoundError):  # whoever holds a higher one has tidied up
             return _Latest(max(numbers), store.read(_name(folder, max(numbers))))
+        time.sleep(0.1)
+    raise StorageError(f"{store.text}: {folder} lists a file that is not there")
 
 
 def _is_running(store: Store, who: str) -> UsageError:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eevp_batch.storage.inputs import UNREADABLE
 from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.schema import error_schema, part_differences, schema_differences
 from eevp_batch.storage.store import Store
@@ -43,7 +44,7 @@ class PartFile:
         try:
             part.table = pq.read_table(pa.BufferReader(part.content))
             part.table.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             part.problems.append(f"{rel}: not a readable Parquet file: {error}")
             part.table = None
         return part

@@ -13,9 +13,11 @@ from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.fingerprint import fingerprint_fields, fingerprint_of
 from eevp_batch.storage.inputs import list_inputs
+from eevp_batch.storage.links import refuse_links
 from eevp_batch.storage.scan import Chunk, InputFile, scan
 from eevp_batch.storage.schema import Extras, IdType
 from eevp_batch.storage.store import Store
+from eevp_batch.storage.typed import check_type, typed
 
 FORMAT_VERSION = 1
 
@@ -94,7 +96,7 @@ class Plan:
         return lines + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """The inverse of `to_json`.
 
         Raises:
@@ -106,8 +108,8 @@ class Plan:
             if version == FORMAT_VERSION:
                 for name, kind in _LISTS.items():
                     data[name] = [kind(*row) for row in data[name]]
-                return cls(**data)
-        except (ValueError, KeyError, TypeError) as error:
+                return _checked(typed(cls(**data)))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JobFailedError(f"{layout.PLAN} is damaged: {error}") from error
         raise JobFailedError(
             f"{layout.PLAN}: found format version {version}; allowed: {FORMAT_VERSION}"
@@ -115,6 +117,34 @@ class Plan:
 
 
 _LISTS: dict[str, Any] = {"files": InputFile, "chunks": Chunk}
+# What is read of a plan's fields, and its type.
+_READ_FIELDS: dict[str, Any] = {
+    "input.id_column": str,
+    "input.prompt_column": str | None,
+    "input.messages_column": str | None,
+    "input.keep_columns": list[str],
+    "sampling.n": int,
+    "exit.mode": str,
+    "exit.layers": list[int],
+    "output.token_stats": bool,
+}
+
+
+def _checked(plan: Plan) -> Plan:
+    """A plan whose fields and chunks can be relied on.
+
+    Raises:
+        KeyError, TypeError, ValueError: names the first that cannot.
+    """
+    for name, hint in _READ_FIELDS.items():
+        check_type(plan.fields[name], hint, f"fields: {name}")
+    if not plan.fields["exit.layers"]:
+        raise ValueError("fields: exit.layers: found none")
+    for number, chunk in enumerate(plan.chunks):
+        places = (chunk.chunk_id == number, 0 <= chunk.file_index < len(plan.files))
+        if not all(places) or chunk.num_rows < 1 or chunk.row_start < 0:
+            raise ValueError(f"chunk {number}: {chunk}")
+    return plan
 
 
 def make_plan(spec: JobSpec, model: ModelConfig) -> Plan:
@@ -150,7 +180,7 @@ def read_plan(store: Store) -> Plan:
         JobFailedError: it is damaged.
     """
     try:
-        text = store.read(layout.PLAN).decode()
+        text = store.read(layout.PLAN)
     except FileNotFoundError as error:
         raise UsageError(f"{store.text}: holds no job: {layout.PLAN} is not there") from error
     return Plan.from_json(text)
@@ -163,8 +193,10 @@ def open_plan(store: Store, fresh: Plan, resolved_yaml: str = "") -> Plan:
 
     Raises:
         ResumeRefusedError: the folder was planned by a job with another fingerprint.
-        UsageError: the folder holds results, but no plan that accounts for them.
+        UsageError: the folder holds results, but no plan that accounts for them, or links that
+            lead out of it.
     """
+    refuse_links(store)
     if not store.exists(layout.PLAN):
         for folder in (layout.DATA_DIR, layout.ERRORS_DIR, layout.COMMITS_DIR):
             if store.list(folder):

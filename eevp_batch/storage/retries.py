@@ -96,6 +96,7 @@ def keep_trying(
     what: str,
     patience: Patience,
     is_done: Callable[[], _Answer | None] = lambda: None,
+    before_again: Callable[[], None] = lambda: None,
 ) -> _Answer:
     """Do an operation, again where its error may pass.
 
@@ -105,6 +106,7 @@ def keep_trying(
         patience: how long to try.
         is_done: asked when a later try is refused, because the answer to an earlier one may have
             been lost: what the operation would have answered if it is done, else None.
+        before_again: called before every later try; raises where there must be none.
 
     Raises:
         StorageError: it kept failing, or the disk is full.
@@ -127,6 +129,7 @@ def keep_trying(
             num_failures += 1
             failed_s = failed_s or time.monotonic()
             _wait(what, error, num_failures, time.monotonic() - failed_s, patience)
+        before_again()
 
 
 def _wait(

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from eevp_batch.errors import InputError
 from eevp_batch.records import RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.ids import RepeatedKeys, id_keys, ids_digest
-from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.inputs import UNREADABLE, InputParquet
 from eevp_batch.storage.schema import (
     IdType,
     check_columns,
@@ -22,7 +23,9 @@ from eevp_batch.storage.schema import (
     kept_columns,
 )
 
-_BATCH_ROWS = 1 << 16
+_BATCH_ROWS = 1 << 10
+MAX_ID_BYTES = 64 << 10
+"""Longest id: it is copied into every message and every part that names its row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +109,18 @@ def iter_ids(
     """The ids of rows `start` to `stop`, batch by batch.
 
     Raises:
-        InputError: an id is null, not UTF-8, or does not fit 64 signed bits.
+        InputError: an id is null, not UTF-8, too long, or does not fit 64 signed bits; or the
+            file cannot be read.
     """
     row = start
-    for batch in file.batches([id_column], start, stop, _BATCH_ROWS):
-        ids = plain_ids(batch.column(0), id_type, file.text, row)
-        row += len(ids)
-        yield ids
+    try:
+        for batch in file.batches([id_column], start, stop, _BATCH_ROWS):
+            ids = plain_ids(batch.column(0), id_type, file.text, row)
+            row += len(ids)
+            yield ids
+    except UNREADABLE as error:
+        found = f"pages that cannot be read: {error}"
+        raise InputError(file.text, "input.path", found, "a readable Parquet file") from error
 
 
 def plain_ids(column: Any, id_type: IdType, file: str, row_start: int) -> list[RowId]:
@@ -123,16 +131,25 @@ def plain_ids(column: Any, id_type: IdType, file: str, row_start: int) -> list[R
     """
     allowed = "string ids" if id_type == "string" else "ids of at most 64 signed bits"
     try:
-        ids: list[RowId] = column.cast(
-            pa.string() if id_type == "string" else pa.int64()
-        ).to_pylist()
+        plain = column.cast(pa.string() if id_type == "string" else pa.int64())
+        ids: list[RowId] = plain.to_pylist()
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         found = f"an id from row {row_start} on that cannot be read: {error}"
         raise InputError(file, "input.id_column", found, allowed) from error
     if column.null_count:
         row = row_start + ids.index(None)  # type: ignore[arg-type]
         raise InputError(file, "input.id_column", f"a null id in row {row}", "an id in every row")
+    if id_type == "string":
+        _refuse_long(plain, file, row_start)
     return ids
+
+
+def _refuse_long(ids: Any, file: str, row_start: int) -> None:
+    lengths = pc.binary_length(ids)
+    if (pc.max(lengths).as_py() or 0) > MAX_ID_BYTES:
+        row = row_start + pc.index(pc.greater(lengths, MAX_ID_BYTES), True).as_py()
+        found = f"an id of {lengths[row - row_start].as_py():,} bytes in row {row}"
+        raise InputError(file, "input.id_column", found, f"at most {MAX_ID_BYTES:,} bytes")
 
 
 def _check_file(file: InputParquet, first: InputParquet, id_type: IdType, spec: JobSpec) -> None:

@@ -12,6 +12,8 @@ from eevp_batch.spec import JobSpec
 
 IdType = Literal["string", "int64"]
 
+_SHOWN_NAMES, _SHOWN_CHARS = 20, 80
+
 LEADING = ("row_id", "sample_index")
 TOKEN_STATS = ("exit_layers", "exit_confidences")
 
@@ -147,6 +149,12 @@ def plain_type(kind: Any) -> Any:
     return kind
 
 
+def is_text(kind: Any) -> bool:
+    """Whether the values are strings or bytes, of whatever encoding."""
+    plain = plain_type(kind)
+    return bool(pa.types.is_string(plain) or pa.types.is_binary(plain))
+
+
 def id_type_of(kind: Any) -> IdType | None:
     """How ids of an arrow type are stored; None where it cannot be an id."""
     kind = plain_type(kind)
@@ -230,7 +238,14 @@ def _field(file: str, schema: Any, name: str, setting: str) -> Any:
         raise InputError(
             file, setting, f"{count} columns named {name!r}", "one column of that name"
         )
-    raise InputError(file, setting, f"no column {name!r}", f"one of {', '.join(schema.names)}")
+    raise InputError(file, setting, f"no column {name!r}", f"one of {listed(schema.names)}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message: the first of them, none longer than a line."""
+    shown = [name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..." for name in names]
+    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(shown[:_SHOWN_NAMES]) + more
 
 
 def _id_arrow_type(id_type: IdType) -> Any:

@@ -128,10 +128,19 @@ def read_events(store: Store) -> Iterator[dict[str, Any]]:
     for line in store.read_lines(layout.EVENTS):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict):
+        if isinstance(event, dict) and _is_sound(event):
             yield event
+
+
+def _is_sound(event: dict[str, Any]) -> bool:
+    """Whether what is read of an event has the types that were written."""
+    return (
+        isinstance(event.get("event"), str | None)
+        and type(event.get("unix_s")) in (int, float, type(None))
+        and type(event.get("generated_tokens", 0)) is int
+    )
 
 
 def _last_run(store: Store) -> _LastRun:

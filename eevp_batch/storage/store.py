@@ -56,6 +56,7 @@ class Store:
         self.text = text if text is not None else root
         self.patience = Patience()
         self.lock_times = LockTimes()
+        self._before_again: Callable[[], None] = lambda: None
         self._folders: set[str] = set()
         self._next_line: dict[str, int] = {}
 
@@ -85,6 +86,15 @@ class Store:
         """The same folder, with another patience."""
         other = copy.copy(self)
         other.patience = patience
+        return other
+
+    def guarded(self, check: Callable[[], None]) -> Store:
+        """The same folder; before an operation is tried again, `check` may raise that it must not.
+
+        Storage may be back only after another process has taken the folder over.
+        """
+        other = copy.copy(self)
+        other._before_again = check
         return other
 
     def __repr__(self) -> str:
@@ -309,7 +319,8 @@ class Store:
         operation: Callable[[], _Answer],
         is_done: Callable[[], _Answer | None] = lambda: None,
     ) -> _Answer:
-        return keep_trying(operation, f"{self.text}: {what}", self.patience, is_done)
+        place = f"{self.text}: {what}"
+        return keep_trying(operation, place, self.patience, is_done, self._before_again)
 
     # Last, because inside a class body its name hides the built-in.
     def list(self, rel_dir: str) -> list[str]:

@@ -300,7 +300,7 @@ def _success_problems(store: Store, summary: dict[str, Any]) -> Iterator[str]:
     except FileNotFoundError:
         yield f"{layout.SUCCESS}: the file is missing; the job has not finished"
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"{layout.SUCCESS}: not JSON: {error}"
         return
     found = success if isinstance(success, dict) else {}

@@ -22,6 +22,19 @@ from eevp_batch.tune.regression import (
     variance,
 )
 
+LIFT = 1024
+"""Features that bridges read besides a token's state and the one before; see `Bridge`."""
+
+
+def lift_size(width: int) -> int:
+    """R for a model of width E: at most 2 E."""
+    return min(LIFT, 2 * width)
+
+
+def usual_rank(width: int) -> int:
+    """R at which a bridge with a lift costs no more than the layers' own projections."""
+    return max(1, 2 * width // 3)
+
 
 @dataclass(frozen=True, slots=True)
 class BridgeFit:
@@ -55,14 +68,16 @@ def fit_bridge(
     held_out: NormalEquations,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    lift: torch.Tensor | None = None,
 ) -> BridgeFit:
     """The bridge of one exit layer and one kind of token.
 
     Args:
         sums: of the tokens to fit to; one target per layer behind the exit.
         held_out: of other tokens; they choose the regularisation.
-        rank: of the low-rank form; None, or at least the model's width: full maps.
+        rank: of the low-rank form; None, or at least the width of the inputs: full maps.
         dtype: of the weights.
+        lift: that the inputs were made with; see `Bridge`.
     """
     layers = sorted(sums.xy)
     ridge = Ridge(sums)
@@ -74,7 +89,7 @@ def fit_bridge(
             whole = torch.cat([down.T @ maps[layer][:-1], maps[layer][-1:]])
             left[layer] = unexplained(held_out, layer, whole)
         down = down.to(dtype).contiguous()
-    bridge = Bridge({layer: affine(maps[layer], dtype) for layer in layers}, down)
+    bridge = Bridge({layer: affine(maps[layer], dtype) for layer in layers}, down, lift)
     return BridgeFit(bridge, found.penalty, left, (sums.count, held_out.count))
 
 

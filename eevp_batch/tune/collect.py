@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from eevp_batch.engine.fitted import unit_state
+from eevp_batch.engine.fitted import bridge_input, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.tune.heads import Taught, teach
@@ -24,18 +25,45 @@ class Collected:
         heads: sums by exit layer; the target, named by the last layer, is the change of the unit
             state up to there.
         taught: deciding tokens by exit layer, for the heads.
+        lift: [R, E] of the bridges' inputs; None: they are unit states alone. See `Bridge`.
     """
 
     bridges: Mapping[tuple[Kind, int], NormalEquations]
     heads: Mapping[int, NormalEquations]
     taught: Mapping[int, Taught]
+    lift: torch.Tensor | None = None
 
     def __add__(self, other: Collected) -> Collected:
         return Collected(
             {origin: sums + other.bridges[origin] for origin, sums in self.bridges.items()},
             {e: sums + other.heads[e] for e, sums in self.heads.items()},
             {e: tokens + other.taught[e] for e, tokens in self.taught.items()},
+            self.lift,
         )
+
+
+def draw_lift(model: SegmentedModel, size: int) -> torch.Tensor | None:
+    """Directions [R, E] of the bridges' lift, the same in every pass.
+
+    Args:
+        model: whose states are lifted.
+        size: R; 0: no lift.
+    """
+    draws = torch.randn(size, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    lift = draws.to(model.dtype) / model.hidden_size**0.5  # so that the products are of size 1
+    return lift.to(model.device) if size else None
+
+
+class _Picked(NamedTuple):
+    """Some tokens of a pack.
+
+    Attributes:
+        places: [P] their rows.
+        starts: [P] whether no token before them is looked at.
+    """
+
+    places: torch.Tensor
+    starts: torch.Tensor
 
 
 class _Collector:
@@ -47,17 +75,21 @@ class _Collector:
         exit_layers: Sequence[int],
         prompt_bridge: bool,
         lead: int,
+        lift: torch.Tensor | None,
     ) -> None:
         self._model, self._exits, self._lead = model, list(exit_layers), lead
+        self._lift = lift
         origins: list[tuple[Kind, int]] = [("generated", e) for e in self._exits]
         if prompt_bridge:
             origins.append(("prompt", self._exits[0]))
 
-        def empty() -> NormalEquations:
-            return NormalEquations.empty(model.hidden_size, model.device)
+        def empty(num_inputs: int) -> NormalEquations:
+            return NormalEquations.empty(num_inputs, model.device)
 
-        self._bridges = {origin: empty() for origin in origins}
-        self._heads = {e: empty() for e in self._exits}
+        width = model.hidden_size
+        num_inputs = width if lift is None else 2 * width + len(lift)
+        self._bridges = {origin: empty(num_inputs) for origin in origins}
+        self._heads = {e: empty(width) for e in self._exits}
         self._units: dict[int, list[torch.Tensor]] = {e: [] for e in self._exits}
         self._taught: list[tuple[torch.Tensor, ...]] = []
         self._seen: set[int] = set()
@@ -66,30 +98,45 @@ class _Collector:
         """One pass."""
         last = self._model.num_layers
         inputs: dict[tuple[Kind, int], torch.Tensor] = {}
-        rows = {"generated": forced.generated, "prompt": self._unseen(forced)}
+        rows: dict[Kind, _Picked] = {
+            "generated": _Picked(forced.generated, forced.generated < 0),
+            "prompt": self._unseen(forced),
+        }
+        first = torch.empty(0)
         for layer, hidden in forced.layers():
             if layer in self._exits:
                 units = unit_state(hidden, self._model.norm_eps)
+                first = units if layer == self._exits[0] else first
                 self._units[layer].append(units[forced.deciding])
                 for origin in self._bridges:
                     if origin[1] == layer:
-                        inputs[origin] = with_constant(units[rows[origin[0]]])
+                        inputs[origin] = self._inputs(units, first, rows[origin[0]])
                         self._bridges[origin].add_inputs(inputs[origin])
             if layer == last:
                 self._teach(hidden[forced.deciding])
             elif inputs:
                 values = self._model.layers.kv_of(layer, hidden)
                 for origin, columns in inputs.items():
-                    picked = values[rows[origin[0]]]
+                    picked = values[rows[origin[0]].places]
                     self._bridges[origin].add_target(layer + 1, columns, picked)
 
-    def _unseen(self, forced: ForcedPass) -> torch.Tensor:
+    def _inputs(self, units: torch.Tensor, first: torch.Tensor, rows: _Picked) -> torch.Tensor:
+        """What bridges read of some tokens, and a constant."""
+        picked = units[rows.places]
+        if self._lift is None:
+            return with_constant(picked)
+        previous = first[rows.places - 1].masked_fill(rows.starts[:, None], 0.0)
+        return with_constant(bridge_input(picked, previous, picked @ self._lift.float().T))
+
+    def _unseen(self, forced: ForcedPass) -> _Picked:
         """Prompt tokens behind the lead whose beginning no earlier row shared.
 
         A shared beginning has the same states in every row; counted each time, a long template
         would drown what differs.
         """
-        unseen, places = [], iter(forced.prompt.tolist())
+        unseen: list[int] = []
+        starts: list[bool] = []
+        places = iter(forced.prompt.tolist())
         for row in forced.rows:
             beginning = 0
             for position, token_id in enumerate(row.prompt_ids):
@@ -97,10 +144,20 @@ class _Collector:
                 if position < forced.num_shared:
                     continue
                 place = next(places)
-                if position >= self._lead and beginning not in self._seen:
+                # Of the first token in the pack the one before may be in an earlier pack.
+                is_start = position == self._lead
+                has_previous = self._lift is None or position > forced.num_shared
+                if position < self._lead or beginning in self._seen:
+                    continue
+                if is_start or has_previous:
                     self._seen.add(beginning)
                     unseen.append(place)
-        return torch.tensor(unseen, dtype=torch.int64, device=self._model.device)
+                    starts.append(is_start)
+        device = self._model.device
+        return _Picked(
+            torch.tensor(unseen, dtype=torch.int64, device=device),
+            torch.tensor(starts, dtype=torch.bool, device=device),
+        )
 
     def _teach(self, hidden: torch.Tensor) -> None:
         self._taught.append(teach(self._model, hidden))
@@ -118,7 +175,7 @@ class _Collector:
             e: Taught(torch.cat(units), best, ids, probabilities)
             for e, units in self._units.items()
         }
-        return Collected(self._bridges, self._heads, taught)
+        return Collected(self._bridges, self._heads, taught, self._lift)
 
 
 @torch.no_grad()
@@ -129,6 +186,7 @@ def collect(
     prompt_bridge: bool = True,
     lead: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    lift: int = 0,
 ) -> Collected:
     """Run rows through all layers and keep what the fits need.
 
@@ -139,8 +197,10 @@ def collect(
         prompt_bridge: whether tokens of prompts are summed too, at the first exit.
         lead: tokens at the beginning of prompts that are not: they will run at full depth.
         on_progress: told how many rows are done, and of how many.
+        lift: R, features that bridges read besides, see `Bridge`; 0: they read states alone.
     """
-    collector, done = _Collector(model, exit_layers, prompt_bridge, lead), 0
+    directions = draw_lift(model, lift)
+    collector, done = _Collector(model, exit_layers, prompt_bridge, lead, directions), 0
     for forced in forced_passes(model, rows):
         collector.add(forced)
         done += len(forced.rows)

@@ -35,7 +35,7 @@ from eevp_batch.tune.search import Costs
 from eevp_batch.tune.states import Row
 from eevp_batch.tune.survey import quick_heads as fit_quick_heads
 
-PROPOSAL_RANK = BRIDGE_RANK = 128
+PROPOSAL_RANK = 128
 """What a fitted job is taken to use; a raw one pays more."""
 
 Say = Callable[[str], None]
@@ -121,7 +121,7 @@ def run_potential(
         parts = split_rows(fitting, 0.2, seed=0)
         lenses["quick"] = fit_quick_heads(found.model, *parts, range(1, num_layers))
     say(f"looking at {len(rows)} rows after each of {num_layers} layers")
-    costs = Costs.counted(found.config, proposal_rank=PROPOSAL_RANK, bridge_rank=BRIDGE_RANK)
+    costs = Costs.counted(found.config, proposal_rank=PROPOSAL_RANK)
     return measure_potential(found.model, rows, lenses, costs, target).to_json()
 
 
@@ -149,7 +149,7 @@ class FitOptions:
         source: a finished full-depth output of the same job to draw from; None: rows are generated.
         layers: exit layers, the last layer apart; none: they are searched.
         target: share of all tokens that has to stay as at full depth, for the search.
-        bridge_rank: of low-rank bridges; None: full maps.
+        bridge_rank: of the bridges; None: two thirds of the model's width.
         proposal_rank: of the proposal.
         tail: prompt tokens at the end that run at full depth where prompts are bridged.
         seed: of the choice of rows.

@@ -16,6 +16,7 @@ from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segment_times import layer_time
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.tune.bridges import lift_size, usual_rank
 from eevp_batch.tune.heads import SCORED_ROWS
 from eevp_batch.tune.search import Costs
 
@@ -37,7 +38,7 @@ def measured_costs(
         num_rows: tokens of the batch.
         top_k: K, kept ids; None: no pruning, every exit pays the whole head.
         proposal_rank: of the low-rank proposal; None: the head itself proposes.
-        bridge_rank: of the bridges; None: full maps.
+        bridge_rank: of the bridges; None: the usual one.
     """
     weight = model.head_weight
     vocab, width = weight.shape
@@ -54,12 +55,16 @@ def measured_costs(
         ids = torch.randint(vocab, (len(rows), k), device=weight.device, dtype=torch.int32)
         rescoring = per_row(lambda: summarise(pruned_scores(rows, weight, ids)))
         if proposal_rank is not None:
-            rank = min(proposal_rank, width)
-            right = torch.randn(rank, width, device=weight.device).to(weight.dtype)
-            factors = LowRankProposal(weight[:, :rank].contiguous(), right)
+            size = min(proposal_rank, width)
+            right = torch.randn(size, width, device=weight.device).to(weight.dtype)
+            factors = LowRankProposal(weight[:, :size].contiguous(), right)
             proposal = per_row(lambda: prune(factors(rows), k, always))
     kv_width = 2 * model.num_kv_heads * model.head_size
-    bridge = torch.randn(kv_width, bridge_rank or width, device=weight.device).to(weight.dtype)
+    rank, num_inputs = bridge_rank or usual_rank(width), 2 * width + lift_size(width)
+    up = torch.randn(kv_width, rank, device=weight.device).to(weight.dtype)
+    down = torch.randn(rank, num_inputs, device=weight.device).to(weight.dtype)
+    inputs = torch.randn(len(rows), num_inputs, device=weight.device).to(weight.dtype)
+    reading = per_row(lambda: linear(inputs, down))  # once for all layers
     square = torch.randn(width, width, device=weight.device).to(weight.dtype)
     return Costs(
         num_layers=model.num_layers,
@@ -68,7 +73,7 @@ def measured_costs(
         proposal=proposal,
         rescoring=rescoring,
         exit_head=per_row(lambda: linear(rows, square)),
-        bridge=per_row(lambda: linear(rows[:, : bridge.shape[1]], bridge)),
+        bridge=per_row(lambda: linear(inputs[:, :rank], up)) + reading / model.num_layers,
     )
 
 

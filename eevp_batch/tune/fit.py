@@ -19,7 +19,7 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import UsageError
 from eevp_batch.tune.beginnings import Beginning
-from eevp_batch.tune.bridges import fit_bridge
+from eevp_batch.tune.bridges import fit_bridge, lift_size, usual_rank
 from eevp_batch.tune.collect import Collected, collect
 from eevp_batch.tune.head_training import HeadSettings, fit_head, head_figures
 from eevp_batch.tune.heads import Taught, head_output
@@ -38,7 +38,9 @@ class FitSettings:
         exit_layers: increasing, the last layer apart.
         held_out_share: of the rows; they choose regularisation and when to stop.
         prompt_bridge: whether tokens of prompts get a bridge of their own at the first exit.
-        bridge_rank: of low-rank bridges; None: full maps.
+        bridge_rank: of the bridges; None: two thirds of the model's width, or full maps where they
+            read the state alone.
+        bridge_looks_back: whether bridges have a lift, see `Bridge`; else they read states alone.
         proposal_rank: of the proposal for the pruned vocabulary; None: no proposal.
         tail: prompt tokens that always run at full depth where prompts are bridged.
         lead: tokens at the beginning of prompts that do; None: what all the rows' prompts share.
@@ -50,6 +52,7 @@ class FitSettings:
     held_out_share: float = 0.2
     prompt_bridge: bool = True
     bridge_rank: int | None = None
+    bridge_looks_back: bool = True
     proposal_rank: int | None = 128
     tail: int = 1
     lead: int | None = None
@@ -102,8 +105,9 @@ def fit_exits(
         lead = Beginning([row.prompt_ids for row in rows], settings.tail).length
         settings = replace(settings, lead=lead)
     wanted = (settings.exit_layers, settings.prompt_bridge, lead)
-    seen = collect(model, fitting, *wanted, steps.of("states"))
-    judged = collect(model, held_out, *wanted, steps.of("held-out states"))
+    lift = lift_size(model.hidden_size) if settings.bridge_looks_back else 0
+    seen = collect(model, fitting, *wanted, steps.of("states"), lift)
+    judged = collect(model, held_out, *wanted, steps.of("held-out states"), lift)
     states_s = time.perf_counter() - started
     counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
     keys = " ".join(sorted({prompt_key(row.prompt_ids) for row in rows}))
@@ -194,7 +198,10 @@ def _fit_bridges(
                 f"{origin[0]} tokens to fit a bridge to: found {counts[0]}, held out {counts[1]}; "
                 "allowed: one or more of each"
             )
-        fit = fit_bridge(sums, judged.bridges[origin], settings.bridge_rank, model.dtype)
+        held_out, rank = judged.bridges[origin], settings.bridge_rank
+        if rank is None and seen.lift is not None:
+            rank = usual_rank(model.hidden_size)
+        fit = fit_bridge(sums, held_out, rank, model.dtype, seen.lift)
         bridges[origin] = fit.bridge
         figures[f"{origin[0]}.{origin[1]}"] = fit.to_json()
         tell(done, len(seen.bridges))

@@ -11,6 +11,7 @@ from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.errors import InputError, RowError
 from eevp_batch.storage.chunks import iter_rows
 from eevp_batch.storage.inputs import InputParquet, list_inputs
+from eevp_batch.storage.schema import listed
 
 BLOCKS = 16
 """Places that rows are taken from: few enough to read quickly, enough to see a sorted input."""
@@ -33,7 +34,7 @@ def sample_prompts(
     for file in files:
         missing = [name for name in encoder.columns if name not in file.schema.names]
         if missing:
-            allowed = f"columns of the input: {', '.join(file.schema.names)}"
+            allowed = f"columns of the input: {listed(file.schema.names)}"
             raise InputError(file.text, "column", f"no column {missing[0]!r}", allowed)
     found = []
     for row in _rows(files, encoder.columns, num_rows):

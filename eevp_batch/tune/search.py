@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from eevp_batch.model_config import ModelConfig
+from eevp_batch.tune.bridges import lift_size, usual_rank
 
 BUDGET_SPLITS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the allowed disagreement that the first of two exits may use up."""
@@ -56,10 +57,11 @@ class Costs:
             model: shapes.
             top_k: K, kept ids; None: no pruning, every exit pays the whole head.
             proposal_rank: of the low-rank proposal; None: the head itself proposes.
-            bridge_rank: of the bridges; None: full maps.
+            bridge_rank: of the bridges; None: the usual one.
         """
         width, vocab, kv = model.hidden_size, model.vocab_size, model.kv_values_per_token
         kv //= model.num_layers
+        rank = bridge_rank or usual_rank(width)
         head = float(model.head_weights)
         proposal = rescoring = head
         if top_k is not None:
@@ -73,7 +75,7 @@ class Costs:
             proposal=proposal,
             rescoring=rescoring,
             exit_head=float(width * width),
-            bridge=float(kv * (width if bridge_rank is None else bridge_rank)),
+            bridge=rank * (kv + (2 * width + lift_size(width)) / model.num_layers),
         )
 
     @property

@@ -40,6 +40,7 @@ class Script:
         killing: rows whose admission kills the process, by SIGKILL.
         hanging: rows with which a step never returns.
         unreadable: whether no chunk's rows are ever read.
+        shortages: how often the engine says that memory ran out.
         once: a file; killing and hanging happen only to the one that creates it.
         unbuildable: `error`, `bug` or `kill`: how the engine cannot be built.
         counting: a folder; each engine that is built leaves a file there.
@@ -54,6 +55,7 @@ class Script:
     killing: frozenset[RowId] = frozenset()
     hanging: frozenset[RowId] = frozenset()
     unreadable: bool = False
+    shortages: int = 0
     once: str | None = None
     unbuildable: str | None = None
     counting: str | None = None
@@ -86,7 +88,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.stats = ScriptedStats()
+        self.stats = ScriptedStats(shortages=script.shortages)
         self.resident: deque[tuple[Prompt, list[TokenExit], int]] = deque()
         self.most_resident = 0
 

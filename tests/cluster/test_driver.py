@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -31,7 +32,16 @@ class Driver:
         self.job = make_job(folder, **OPTIONS)
         (folder / "script.pickle").write_bytes(pickle.dumps((OPTIONS, script)))
         command = [sys.executable, "-m", "tests.cluster.drive", str(folder)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def interrupt(self, number: signal.Signals) -> None:
+        """As a terminal does for Ctrl-C: everything that the driver has started gets it too."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
 
     def until_committed(self, num_chunks: int) -> None:
         wait_for(lambda: len(self.job.parts()) >= num_chunks or self.process.poll() is not None)
@@ -101,7 +111,7 @@ def test_the_first_signal_drains(
     driver = Driver(tmp_path, SLOW)
     driver.until_committed(2)
     marker, folder = driver.session()
-    driver.process.send_signal(number)
+    driver.interrupt(number)
     code, stderr = driver.end()
     assert code == 130, stderr
     assert not any(marked_processes(marker)) and not folder.exists(), "its Ray was left behind"
@@ -121,9 +131,9 @@ def test_the_second_signal_ends_it_at_once(
 ) -> None:
     driver = Driver(tmp_path, Script(step_s=0.5, max_resident=4))
     driver.until_committed(1)
-    driver.process.send_signal(signal.SIGINT)
+    driver.interrupt(signal.SIGINT)
     wait_for(lambda: bool(driver.job.events("job_draining")))
-    driver.process.send_signal(signal.SIGINT)
+    driver.interrupt(signal.SIGINT)
     code, stderr = driver.end()
     assert code == 130, stderr
     done = {event["chunk_id"] for event in driver.job.events("chunk_committed")}

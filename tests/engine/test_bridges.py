@@ -12,10 +12,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.fitted import Affine, Bridge, FittedExits
+from eevp_batch.engine.fitted import Affine, Bridge, FittedExits, unit_state
 from eevp_batch.engine.load import build_engine
+from eevp_batch.engine.packing import pack
 from eevp_batch.engine.proposals import LowRankProposal
-from eevp_batch.engine.sequence import Kind
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.sequence import Kind, ShortPrompt
+from eevp_batch.engine.sequence import Sequence as Generating
 from eevp_batch.errors import FittedExitsError
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
@@ -40,11 +43,14 @@ def own_projections(model: PreTrainedModel, exit_layer: int) -> Bridge:
     return Bridge(layers)
 
 
-def random_bridge(model: PreTrainedModel, exit_layer: int, rank: int | None = None) -> Bridge:
+def random_bridge(
+    model: PreTrainedModel, exit_layer: int, rank: int | None = None, lift: int = 0
+) -> Bridge:
     config = model.config
     width = 2 * config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
     generator = torch.Generator().manual_seed(exit_layer)
-    size = rank or config.hidden_size
+    num_inputs = 2 * config.hidden_size + lift if lift else config.hidden_size
+    size = rank or num_inputs
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.3
@@ -53,7 +59,8 @@ def random_bridge(model: PreTrainedModel, exit_layer: int, rank: int | None = No
         layer: Affine(draw(width, size), draw(width))
         for layer in range(exit_layer + 1, NUM_LAYERS + 1)
     }
-    return Bridge(layers, None if rank is None else draw(rank, config.hidden_size))
+    down = None if rank is None else draw(rank, num_inputs)
+    return Bridge(layers, down, draw(lift, config.hidden_size) if lift else None)
 
 
 def fitted_for(
@@ -115,13 +122,16 @@ def test_a_bridge_of_the_layers_own_projections_is_propagate(
     assert layers == {*LAYERS, NUM_LAYERS}, "tokens leave everywhere, or nothing is shown"
 
 
-def with_prompts(model: PreTrainedModel, tail: int = 3) -> FittedExits:
+def with_prompts(
+    model: PreTrainedModel, tail: int = 3, lift: int = 6, **changes: Any
+) -> FittedExits:
+    """Bridges of every form; with a lift, all but one look at the token before."""
     bridges: dict[tuple[Kind, int], Bridge] = {
-        ("generated", 2): random_bridge(model, 2),
+        ("generated", 2): random_bridge(model, 2, lift=lift),
         ("generated", 4): random_bridge(model, 4, rank=5),
-        ("prompt", 2): random_bridge(model, 2, rank=7),
+        ("prompt", 2): random_bridge(model, 2, rank=7, lift=lift),
     }
-    return fitted_for(model, bridges, tail=tail)
+    return fitted_for(model, bridges, tail=tail, **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -140,10 +150,11 @@ def test_a_row_depends_on_the_row_alone(
     assert exits_of(reverse) == expected
 
 
+@pytest.mark.parametrize("lead", [0, 37])
 @pytest.mark.parametrize("prefill", ["full", "bridge"])
-def test_sharing_a_prefix_changes_nothing(prefill: str, tiny_model_path: Any) -> None:
+def test_sharing_a_prefix_changes_nothing(prefill: str, lead: int, tiny_model_path: Any) -> None:
     path = tiny_model_path("llama")
-    fitted = with_prompts(load_model(path))
+    fitted = with_prompts(load_model(path), lead=lead)
     shared = list(range(5, 105))
     rows = [
         Prompt(row_id=row, token_ids=[*shared, *range(200, 200 + row % 7)]) for row in range(12)
@@ -155,6 +166,38 @@ def test_sharing_a_prefix_changes_nothing(prefill: str, tiny_model_path: Any) ->
         outputs.append(exits_of(run(engine, rows)))
         assert bool(engine.stats.shared_tokens) is prefix_sharing
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("layers", [[2], [2, 4]])
+def test_a_bridge_that_looks_back_sees_the_token_before(
+    layers: list[int], tiny_model_path: Any
+) -> None:
+    """Keys of one token are those of the state before it, whatever ran deeper in between."""
+    path = tiny_model_path("llama")
+    model = SegmentedModel(load_model(path), [*layers, NUM_LAYERS])
+    width, size = model.hidden_size, 2 * model.num_kv_heads * model.head_size
+    weight = torch.zeros(size, 2 * width + 1)
+    weight[: min(size, width), width : 2 * width] = torch.eye(width)[: min(size, width)]
+    maps = {n: Affine(weight, torch.zeros(size)) for n in range(3, NUM_LAYERS + 1)}
+    plain = fitted_for(load_model(path), {("prompt", 2): Bridge(maps, None, torch.zeros(1, width))})
+    model.use(plain)
+    pool = model.make_pool(num_pages=4, max_resident=1, max_pages=4)
+    short = ShortPrompt(2, tail=1, lead=5)
+    row = Generating(Prompt("", list(range(40, 60))), model.num_segments, 1, 0, short_prompt=short)
+    pool.admit(row, row.num_prompt, [])
+    pool.grow(row)
+    first = None
+    for depth in range(model.num_segments):
+        tokens = pack([row], depth, pool, model.layers.row_multiple)
+        model.run_segment(depth, tokens, pool)
+        row.mark_filled(depth)
+        first = pool.hidden.clone() if first is None else first
+    assert first is not None
+    slots = torch.tensor([pool.slot(row, position) for position in range(20)])
+    values = pool.tokens(NUM_LAYERS - 1, slots)[1].flatten(1)  # [20, size / 2], not turned
+    expected = unit_state(first[slots], model.norm_eps) @ weight[size // 2 :, width : 2 * width].T
+    assert not values[5].any(), "where the bridged part begins nothing is before"
+    torch.testing.assert_close(values[6:19], expected[5:18])
 
 
 def test_a_short_prompt_computes_less(tiny_model_path: Any) -> None:

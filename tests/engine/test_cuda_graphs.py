@@ -152,7 +152,9 @@ def bucket_of(num_rows: int, num_projected: int, num_pages: int) -> Bucket:
     rows = torch.zeros(num_rows, dtype=torch.int64)
     waiting = torch.zeros(num_projected, dtype=torch.int64)
     origins = [(LATE, slice(0, num_projected))] if num_projected else []
-    tokens = PackedTokens(rows, rows, rows, [], rows, waiting, waiting, origins, [], num_rows)
+    tokens = PackedTokens(
+        rows, rows, rows, [], rows, waiting, waiting, waiting[:0], origins, [], num_rows
+    )
     tables = torch.zeros(num_rows, num_pages, dtype=torch.int32)
     return Bucket.of(1, tokens, Lookup(rows, rows, tables, 1))
 
@@ -186,7 +188,7 @@ def test_the_order_of_origins_makes_no_bucket() -> None:
         for origin, size in sizes.items():
             origins.append((origin, slice(start, start + size)))
             start += size
-        tokens = PackedTokens(rows, rows, rows, [], rows, rows, rows, origins, [], 48)
+        tokens = PackedTokens(rows, rows, rows, [], rows, rows, rows, rows[:0], origins, [], 48)
         buckets.add(Bucket.of(1, tokens, Lookup(rows, rows, tables, 1)))
     assert len(buckets) == 1
 

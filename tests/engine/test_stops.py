@@ -38,3 +38,20 @@ def test_no_stop_string_never_stops() -> None:
 
 def test_text_is_cut_before_the_first_stop_string() -> None:
     assert StopStrings(["B", "yy"], decode).cut("aayybB") == "aa"
+
+
+def test_asking_after_each_token_reads_no_more_the_longer_the_text() -> None:
+    read: list[int] = []
+
+    def decode(token_ids: list[int]) -> str:
+        read.append(len(token_ids))
+        return "".join(map(chr, token_ids))
+
+    stops = StopStrings(["END"], decode)
+    token_ids = [*map(ord, "END of the prompt")]
+    start = len(token_ids)
+    for _ in range(1000):
+        token_ids.append(ord("x"))
+        assert not stops.is_reached(token_ids, start), "the prompt does not count"
+    assert max(read) == len("END") + StopStrings.SPARE_TOKENS
+    assert stops.is_reached([*token_ids, *map(ord, "END")], start)

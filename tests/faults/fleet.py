@@ -207,4 +207,4 @@ class ScriptedFleet:
         if call == "learn":
             return self._replica.learn(f"{self._chance.getrandbits(32):08x}")
         size = self._chance.choice([1, 4, 16])
-        return ReplicaReady(pid=1, node_id="node", max_resident=size, start_s=0.0)
+        return ReplicaReady(1, "node", max_resident=size, start_s=0.0, machine={})

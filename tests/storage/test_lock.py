@@ -193,3 +193,27 @@ def test_a_coordinator_that_lost_its_folder_changes_nothing(store: Store, tmp_pa
                 act()
     assert snapshot(store) == before
     assert store.list("_eevp/commits") == ["00000.json"]
+
+
+def test_nothing_is_tried_again_once_the_folder_is_lost(
+    s3: S3Server, s3_store: Store, tmp_path: Path
+) -> None:
+    spec = make_spec(write_input(tmp_path / "in.parquet", [f"row {n}" for n in range(8)]))
+    plan = open_plan(s3_store, make_plan(spec, MODEL))
+    committer = Committer(s3_store, plan)
+    attempt = attempt_chunk(s3_store, plan, spec, plan.chunks[0])
+    s3_store.lock_times = replace(LIVELY, hold_s=0.0)
+    s3.faults.plan("PUT", "commits/00000", *["503"] * 10_000)
+    after = threading.Thread(target=take_over_once_it_fails, args=(s3, s3_store))
+    with committer.lock():
+        after.start()
+        with pytest.raises(JobFailedError, match="process 42 on elsewhere has taken"):
+            committer.commit(attempt, 1)
+    after.join()
+    assert s3_store.list("_eevp/commits") == []
+
+
+def take_over_once_it_fails(s3: S3Server, store: Store) -> None:
+    while not s3.faults.injected:
+        time.sleep(0.001)
+    store.write("_eevp/lock.d/000002.json", elsewhere().to_bytes())

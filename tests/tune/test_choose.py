@@ -37,7 +37,8 @@ def test_counted_costs_are_the_matrices(tiny_llama: Path) -> None:
     assert costs.head == 320 * 32
     assert costs.proposal == 8 * (320 + 32)
     assert costs.rescoring == 4 * 32 * 20
-    assert costs.bridge == 32 * 4, "keys and values, two heads of eight numbers each"
+    of_layer, read_in = 32 * 4, 4 * (2 * 32 + 64) / config.num_layers
+    assert costs.bridge == of_layer + read_in, "keys and values: two heads of eight numbers each"
     assert Costs.counted(config, top_k=None).exit_check == costs.head + 32 * 32
 
 

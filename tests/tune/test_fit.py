@@ -51,7 +51,8 @@ def test_a_fit_is_whole_and_survives_its_folder(
     assert set(found.bridges) == {("generated", 2), ("generated", 4), ("prompt", 2)}
     for (_, e), bridge in found.bridges.items():
         assert list(bridge.layers) == list(range(e + 1, NUM_LAYERS + 1))
-        assert (bridge.down is None) == (rank is None)
+        assert bridge.down is not None and bridge.down.shape == (rank or 21, 2 * 32 + 64)
+        assert bridge.lift is not None and bridge.lift.shape == (64, 32), "twice the width at most"
     assert found.proposal is not None and found.proposal.right.shape == (16, 32)
     data = found.facts["data"]
     assert (data["source"], data["rows"], data["held_out_rows"]) == ("random", 48, 12)
@@ -64,7 +65,7 @@ def test_a_fit_is_whole_and_survives_its_folder(
 def test_layers_that_add_nothing_are_found_out(tiny_llama: Path) -> None:
     model = without_layers(tiny_llama, after=3)
     rows = make_rows(tiny_llama, model)
-    fit = fit_exits(model, "abc", rows, FitSettings([3], heads=QUICK))
+    fit = fit_exits(model, "abc", rows, FitSettings([3], heads=QUICK, bridge_looks_back=False))
     figures = fit.facts["figures"]
     assert figures["heads"]["3"]["agreement"] == 1.0
     assert figures["heads"]["3"]["share_leaving_of_all"]["0.995"] == 1.0

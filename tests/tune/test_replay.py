@@ -28,8 +28,8 @@ SAMPLING = SamplingSpec(max_new_tokens=NEW_TOKENS)
 
 def tiny_fitted(path: Path, layers: list[int]) -> FittedExits:
     model = load_model(path)
-    bridges = {("generated", layer): random_bridge(model, layer) for layer in layers}
-    bridges["prompt", layers[0]] = random_bridge(model, layers[0], rank=6)
+    bridges = {("generated", layer): random_bridge(model, layer, lift=4) for layer in layers}
+    bridges["prompt", layers[0]] = random_bridge(model, layers[0], rank=6, lift=4)
     return FittedExits(
         model_hash="",
         num_layers=NUM_LAYERS,

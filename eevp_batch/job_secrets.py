@@ -1,0 +1,39 @@
+"""No password in a job file: it is copied into the output folder, for others to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from eevp_batch.errors import SpecError
+from eevp_batch.uri_secrets import ALLOWED_CREDENTIALS, has_secret
+from eevp_batch.yaml_lines import Document, Loc, dotted
+
+# What is said to a model may speak of anything.
+_SECTIONS_OF_TEXT = {("prompt",), ("sampling",)}
+
+
+def refuse_secrets(document: Document) -> None:
+    """Refuse URIs with passwords or keys in them before anything repeats them.
+
+    Args:
+        document: a job file with its overrides.
+
+    Raises:
+        SpecError: says where, and not what.
+    """
+    _refuse(document, (), document.value)
+
+
+def _refuse(document: Document, loc: Loc, value: Any) -> None:
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    elif isinstance(value, str) and has_secret(value):
+        origin, found = document.origin(loc), "a URI with a password or an access key"
+        raise SpecError(origin.file, origin.line, dotted(loc), found, ALLOWED_CREDENTIALS)
+    for key, item in items:
+        if (*loc, key) not in _SECTIONS_OF_TEXT:
+            _refuse(document, (*loc, key), item)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from eevp_batch.storage.store import Store
@@ -30,7 +31,8 @@ class WatchedStore:
         for name in CHANGES:
             setattr(store, name, self._watched(name, getattr(store, name)))
         # To the system all processes of the machine are one, which lives: nobody would let go.
-        store.lock = lambda rel: nullcontext()  # type: ignore[method-assign]
+        held = SimpleNamespace(check=lambda: None)
+        store.lock = lambda rel: nullcontext(held)  # type: ignore[method-assign]
         return store
 
     def interposed(self) -> Any:

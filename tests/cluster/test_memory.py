@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
@@ -75,7 +76,8 @@ def test_what_the_coordinator_holds_does_not_grow(shared_ray: LocalRay, tmp_path
         fleet=fleet,
         committer=committer,
         events=EventLog(job.store),
-        done=set(),
+        backlog=Backlog(job.plan, range(200), 200, job.spec.run.max_attempts),
+        num_done=0,
         totals=ChunkStats(),
         on_progress=job.progress.append,
         on_message=job.messages.append,
@@ -83,7 +85,8 @@ def test_what_the_coordinator_holds_does_not_grow(shared_ray: LocalRay, tmp_path
     )
     committer.coordinator = coordinator
     try:
-        coordinator.run()
+        with committer.lock():
+            coordinator.run()
     finally:
         fleet.close()
     counts = committer.counts

@@ -133,6 +133,7 @@ class Chaos:
     def __init__(self, cluster: Cluster, job: Path, kills: list[Kill], seed: int) -> None:
         self._cluster, self._job, self._out = cluster, job, job.parent / "out"
         self._kills, self._rng = list(kills), random.Random(seed)
+        self._unnoticed: set[str] = set()  # replicas that were killed
         self.done = Done()
 
     def run(self) -> None:
@@ -160,6 +161,9 @@ class Chaos:
             time.sleep(0.2)
             if not self._kills or self._num_committed() < self._kills[0].after_chunks:
                 continue
+            self._unnoticed -= {e["replica"] for e in self._log() if e["event"] == "replica_dead"}
+            if self._unnoticed:  # each death is put right before the next one
+                continue
             kind = self._kills[0].kind
             if kind == "driver":
                 # Only one that has come to work, so that another one has something to do again.
@@ -180,11 +184,15 @@ class Chaos:
     def _num_committed(self) -> int:
         return len(list((self._out / "_eevp" / "commits").glob("*.json")))
 
-    def _living(self) -> list[dict[str, Any]]:
-        """`replica_ready` of the last driver's replicas that nobody has killed and that work."""
+    def _log(self) -> list[dict[str, Any]]:
+        """Events since the last driver began."""
         log = events(self._out)
         starts = [i for i, e in enumerate(log) if e["event"] in ("job_started", "job_resumed")]
-        log = log[starts[-1] :] if starts else []
+        return log[starts[-1] :] if starts else []
+
+    def _living(self) -> list[dict[str, Any]]:
+        """`replica_ready` of the last driver's replicas that nobody has killed and that work."""
+        log = self._log()
         gone = {e["replica"] for e in log if e["event"] == "replica_dead"}
         ready = [e for e in log if e["event"] == "replica_ready" and e["replica"] not in gone]
         return [e for e in ready if e["node_id"] not in self.done.nodes and is_alive(e["pid"])]
@@ -195,6 +203,7 @@ class Chaos:
             return False
         victim = self._rng.choice(living)
         os.kill(victim["pid"], signal.SIGKILL)
+        self._unnoticed.add(victim["replica"])
         self.done.replicas.append(victim["pid"])
         return True
 
@@ -205,6 +214,7 @@ class Chaos:
         if not living:
             return False
         victim = self._rng.choice(living)["node_id"]
+        self._unnoticed |= {e["replica"] for e in living if e["node_id"] == victim}
         self.done.nodes.append(victim)
         self._cluster.remove_node(nodes[victim], allow_graceful=False)
         self._cluster.add_node(num_cpus=1)

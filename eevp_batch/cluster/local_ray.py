@@ -82,8 +82,8 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
 
 
 def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
-    with _environment({**_VARIABLES, _MARKER: marker}):
-        _patch_ray()
+    be_quiet()
+    with _environment({**_VARIABLES, _MARKER: marker}), _loopback_kept():
         try:
             context: Any = ray.init(
                 address="local",
@@ -108,10 +108,19 @@ def current_logs() -> Path | None:
     return Path(node.get_logs_dir_path()) if node else None
 
 
-def _patch_ray() -> None:
-    """Set what Ray reads from the environment only when it is imported, which may be long ago."""
-    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-    be_quiet()
+@contextlib.contextmanager
+def _loopback_kept() -> Iterator[None]:
+    """Set what Ray reads from the environment only when it is imported, which may be long ago.
+
+    Set back afterwards: a cluster that this process starts next has other machines to talk to.
+    """
+    constants = ray._private.ray_constants
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def be_quiet() -> None:

@@ -351,11 +351,12 @@ def main() -> None:
     """Run it once and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--rows", type=int, help="instead of what the minutes need")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        num_rows = rows_for(options.minutes, Path(name) / "pilot")
+        num_rows = options.rows or rows_for(options.minutes, Path(name) / "pilot")
         num_kills = int(options.minutes * 60 / SECONDS_PER_KILL)
         num_raylets = max(1, num_kills // 3)
         num_replicas = max(1, num_kills - num_raylets)

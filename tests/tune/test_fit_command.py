@@ -50,7 +50,7 @@ def test_named_layers_are_fitted(tmp_path: Path, tiny_llama: Path) -> None:
     assert (found.exit_layers, found.tail) == ((2, 4), 2)
     assert found.proposal is not None
     down = found.bridges["generated", 2].down
-    assert down is not None and down.shape == (8, 32)
+    assert down is not None and down.shape == (8, 4 * 32), "state, the one before, lifted ones"
     valid = CliRunner().invoke(main, ["validate", str(job)])
     assert valid.exit_code == 0, valid.output
 

@@ -34,6 +34,12 @@ from __future__ import annotations
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """What happened, for a message of one line; the lines after it are for a debugger."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class EevpError(Exception):
     """Base of everything raised on purpose."""
 

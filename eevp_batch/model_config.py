@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eevp_batch.errors import ModelError, SpecError
+from eevp_batch.errors import ModelError, SpecError, first_line
 from eevp_batch.spec import ExitSpec, ModelSpec, SamplingSpec
 from eevp_batch.uri_secrets import ALLOWED_CREDENTIALS, has_secret
 
@@ -234,9 +234,9 @@ def _local_folder(spec: ModelSpec) -> tuple[Path, str | None]:
     try:
         local = snapshot_download(spec.path, revision=spec.revision, allow_patterns=_HUB_FILES)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model.path: {spec.path}: found neither a folder nor a hub model ({reason}); "
+            f"model.path: {spec.path}: found neither a folder nor a hub model "
+            f"({first_line(error)}); "
             "allowed: a folder or a hub id"
         ) from error
     # The hub's cache names a snapshot's folder after its commit.

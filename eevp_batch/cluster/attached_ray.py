@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
-from eevp_batch.errors import ClusterError
+from eevp_batch.errors import ClusterError, first_line
 
 _CONNECT_S = 10.0
 
@@ -60,8 +60,7 @@ def _checked(address: str) -> str:
 
 
 def _unreachable(address: str, error: Exception) -> ClusterError:
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     # Not every Ray that will do has the class.
     is_refusal = type(error).__name__ == "AuthenticationError"
     verb = "refused us" if is_refusal else "cannot be joined"
-    return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {said}")
+    return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {first_line(error)}")

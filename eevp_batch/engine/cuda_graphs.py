@@ -19,6 +19,7 @@ from eevp_batch.engine.packing import Lookup, PackedTokens
 from eevp_batch.engine.paged_kernels import look_up
 from eevp_batch.engine.segmented_model import SegmentedModel, SegmentOutput
 from eevp_batch.engine.sequence import Origin
+from eevp_batch.errors import first_line
 
 FEWEST_ROWS = 16
 MOST_GRAPHS = 128
@@ -217,7 +218,7 @@ class SegmentRunner:
         try:
             frame.repeat = recorder.record(work)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             _log.warning("segments run without graphs, for recording one failed: %s", reason)
             self._recorder = None
             return None

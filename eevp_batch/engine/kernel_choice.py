@@ -15,6 +15,7 @@ from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.paged_kernels import VARLEN_PAGE, AttentionShape, Flex, Varlen
 from eevp_batch.engine.sequence import Sequence as Generated
+from eevp_batch.errors import first_line
 from eevp_batch.records import Prompt, TokenExit
 
 MOST_DIFFERENCE = 0.05
@@ -55,7 +56,7 @@ def objection_to(kernel: Kernel, shape: AttentionShape) -> str | None:
     try:
         found = attend_a_little(kernel, shape)
     except RuntimeError as error:  # what torch raises for anything that a device does not have
-        return str(error).splitlines()[0]
+        return first_line(error)
     expected = attend_a_little(Gather(), shape)
     differences = [
         (ours.float() - theirs.float()).abs().max().item()

@@ -189,7 +189,7 @@ class SegmentedModel:
         if depth + 1 < self.num_segments:
             real = slice(tokens.num_tokens)
             pool.hidden.index_copy_(0, tokens.slots[real], hidden[real])
-            if depth == 0 and self.first_states == "own" and pool.first is not None:
+            if depth == 0 and pool.first is not None and pool.first is not pool.hidden:
                 pool.first.index_copy_(0, tokens.slots[real], hidden[real])
         return SegmentOutput(hidden.index_select(0, tokens.scored_rows), before)
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
-from eevp_batch.errors import UsageError
+from eevp_batch.errors import UsageError, first_line
 from eevp_batch.storage import location
 from eevp_batch.storage.retries import may_pass
 from eevp_batch.storage.store import Store
@@ -63,17 +63,17 @@ class ObjectStore(Store):
         except obstore.exceptions.AlreadyExistsError as error:
             # S3 says the same (409) while another request for the name is under way.
             if not self._exists(rel):
-                raise ConnectionError(f"{rel}: connection aborted: {_first_line(error)}") from error
+                raise ConnectionError(f"{rel}: connection aborted: {first_line(error)}") from error
             raise FileExistsError(f"{self.text}: {rel} exists already") from error
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.text}: no such bucket: {_first_line(error)}") from error
+            raise FileNotFoundError(f"{self.text}: no such bucket: {first_line(error)}") from error
         except (
             obstore.exceptions.PermissionDeniedError,
             obstore.exceptions.UnauthenticatedError,
         ) as error:
-            raise PermissionError(f"{self.text}: {rel}: {_first_line(error)}") from error
+            raise PermissionError(f"{self.text}: {rel}: {first_line(error)}") from error
         except obstore.exceptions.BaseError as error:
-            raise OSError(f"{rel}: {_first_line(error)}") from error
+            raise OSError(f"{rel}: {first_line(error)}") from error
 
     def _create_folder(self, folder: str) -> None:
         """There are no folders."""
@@ -98,7 +98,7 @@ class ObjectStore(Store):
         except ImportError as error:
             raise UsageError(f"{self.text}: {_NEEDED}") from error
         except (ValueError, obstore.exceptions.BaseError) as error:
-            raise UsageError(f"{self.text}: cannot be written to: {_first_line(error)}") from error
+            raise UsageError(f"{self.text}: cannot be written to: {first_line(error)}") from error
 
 
 def _open_s3(stores: Any, bucket: str, options: dict[str, Any]) -> Any:
@@ -143,8 +143,3 @@ def _client(endpoint: str) -> dict[str, Any]:
         "connect_timeout": timedelta(seconds=location.CONNECT_TIMEOUT_S),
         "timeout": timedelta(seconds=location.REQUEST_TIMEOUT_S),
     }
-
-
-def _first_line(error: Exception) -> str:
-    """What happened; the lines after it are for a debugger, and may name headers."""
-    return str(error).partition("\n")[0]

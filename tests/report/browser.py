@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
@@ -53,15 +52,8 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.page(f"{domain}.enable")
 
-    def __enter__(self) -> Browser:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        origin: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the browser, one way or another."""
         self.call("Browser.close")
         try:
             self._process.wait(PATIENCE_S)

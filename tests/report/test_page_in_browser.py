@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, evil_figures: JobFigures) -> 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("browser"))) as browser:
         yield browser
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,23 @@ def snapshot(store: Store) -> dict[str, bytes]:
         for folder in ("data", "errors")
         for name in store.list(folder)
     }
+
+
+def takers(store: Store, content: Callable[[int], bytes]) -> list[int]:
+    """Numbers of those of eight threads at once that created `record`, each with its content."""
+    won, start = [], threading.Barrier(8)
+
+    def take(number: int) -> None:
+        start.wait()
+        try:
+            store.create_exclusive("record", content(number))
+        except FileExistsError:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won

@@ -20,7 +20,15 @@ from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
 from tests.s3_server import FAULTS, Fault, S3Server
-from tests.storage.jobs import MODEL, attempt_chunk, make_spec, run_job, snapshot, write_input
+from tests.storage.jobs import (
+    MODEL,
+    attempt_chunk,
+    make_spec,
+    run_job,
+    snapshot,
+    takers,
+    write_input,
+)
 
 OpenS3 = Callable[[str], Store]
 Act = Callable[[Store], object]
@@ -79,21 +87,7 @@ def test_a_record_of_another_is_not_taken_for_ours(s3: S3Server, s3_store: Store
 
 
 def test_of_many_writers_one_takes_a_name(s3_store: Store) -> None:
-    won, start = [], threading.Barrier(8)
-
-    def take(number: int) -> None:
-        start.wait()
-        try:
-            s3_store.create_exclusive("record", b"%d" % number)
-        except FileExistsError:
-            return
-        won.append(number)
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    won = takers(s3_store, lambda number: b"%d" % number)
     assert len(won) == 1
     assert s3_store.read("record") == b"%d" % won[0]
 

@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from eevp_batch.errors import UsageError
 from eevp_batch.storage.store import Store, is_temporary
-from tests.storage.jobs import stores
+from tests.storage.jobs import stores, takers
 
 KINDS = ["local", "file URI", "subtree", "mock"]
 
@@ -142,22 +141,8 @@ def test_an_exclusive_name_needs_no_hard_links(
 
 
 def test_of_many_threads_one_takes_a_name(tmp_path: Path) -> None:
-    store, won = Store.open(tmp_path), []
-    start = threading.Barrier(8)
-
-    def take(number: int) -> None:
-        start.wait()
-        try:
-            store.create_exclusive("record", str(number).encode() * 1000)
-        except FileExistsError:
-            return
-        won.append(number)
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    store = Store.open(tmp_path)
+    won = takers(store, lambda number: str(number).encode() * 1000)
     assert len(won) == 1, "exactly one thread creates the record"
     assert store.read("record") == str(won[0]).encode() * 1000
 

@@ -82,13 +82,12 @@ def fit_bridge(
     layers = sorted(sums.xy)
     ridge = Ridge(sums)
     found = fit_ridge(ridge, held_out, layers)
-    maps, left, down = dict(found.maps), dict(found.unexplained), None
+    maps, whole, down = found.maps, found.maps, None
     if rank is not None and rank < sums.width:
         down, maps = reduce_rank(ridge, found, sums, rank)
-        for layer in layers:
-            whole = torch.cat([down.T @ maps[layer][:-1], maps[layer][-1:]])
-            left[layer] = unexplained(held_out, layer, whole)
+        whole = {t: torch.cat([down.T @ up[:-1], up[-1:]]) for t, up in maps.items()}
         down = down.to(dtype).contiguous()
+    left = {layer: unexplained(held_out, layer, whole[layer]) for layer in layers}
     bridge = Bridge({layer: affine(maps[layer], dtype) for layer in layers}, down, lift)
     return BridgeFit(bridge, found.penalty, left, (sums.count, held_out.count))
 
@@ -116,14 +115,15 @@ def reduce_rank(
     root = (ridge.axes * spread.sqrt()) @ ridge.axes.T  # S^{1/2}
     inverse = (ridge.axes / spread.sqrt()) @ ridge.axes.T
     gram = torch.zeros_like(root)
-    for target, weights in found.maps.items():
-        scaled = root @ (weights[:-1] / variance(sums, target).sqrt())
+    rooted = {target: root @ weights[:-1] for target, weights in found.maps.items()}
+    for target, square in rooted.items():
+        scaled = square / variance(sums, target).sqrt()
         gram += scaled @ scaled.T
     leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # [E, r]
     down = leading.T @ inverse
     maps = {}
     for target, weights in found.maps.items():
-        up = leading.T @ root @ weights[:-1]
+        up = leading.T @ rooted[target]
         dropped = ridge.mean @ (weights[:-1] - down.T @ up)  # stays in the mean of the outputs
         maps[target] = torch.cat([up, (weights[-1] + dropped)[None]])
     return down, maps

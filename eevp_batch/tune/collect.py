@@ -12,7 +12,7 @@ from eevp_batch.engine.fitted import bridge_input, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.tune.heads import Taught, teach
-from eevp_batch.tune.regression import NormalEquations, with_constant
+from eevp_batch.tune.regression import Block, NormalEquations
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
 
 
@@ -97,7 +97,7 @@ class _Collector:
     def add(self, forced: ForcedPass) -> None:
         """One pass."""
         last = self._model.num_layers
-        inputs: dict[tuple[Kind, int], torch.Tensor] = {}
+        inputs: dict[tuple[Kind, int], Block] = {}
         rows: dict[Kind, _Picked] = {
             "generated": _Picked(forced.generated, forced.generated < 0),
             "prompt": self._unseen(forced),
@@ -116,17 +116,17 @@ class _Collector:
                 self._teach(hidden[forced.deciding])
             elif inputs:
                 values = self._model.layers.kv_of(layer, hidden)
-                for origin, columns in inputs.items():
+                for origin, block in inputs.items():
                     picked = values[rows[origin[0]].places]
-                    self._bridges[origin].add_target(layer + 1, columns, picked)
+                    self._bridges[origin].add_target(layer + 1, block, picked)
 
-    def _inputs(self, units: torch.Tensor, first: torch.Tensor, rows: _Picked) -> torch.Tensor:
-        """What bridges read of some tokens, and a constant."""
+    def _inputs(self, units: torch.Tensor, first: torch.Tensor, rows: _Picked) -> Block:
+        """What bridges read of some tokens."""
         picked = units[rows.places]
         if self._lift is None:
-            return with_constant(picked)
+            return Block.of(picked)
         previous = first[rows.places - 1].masked_fill(rows.starts[:, None], 0.0)
-        return with_constant(bridge_input(picked, previous, picked @ self._lift.float().T))
+        return Block.of(bridge_input(picked, previous, picked @ self._lift.float().T))
 
     def _unseen(self, forced: ForcedPass) -> _Picked:
         """Prompt tokens behind the lead whose beginning no earlier row shared.
@@ -164,9 +164,9 @@ class _Collector:
         goal = unit_state(hidden, self._model.norm_eps)
         for e, sums in self._heads.items():
             units = self._units[e][-1]
-            columns = with_constant(units)
-            sums.add_inputs(columns)
-            sums.add_target(self._model.num_layers, columns, goal - units)
+            block = Block.of(units)
+            sums.add_inputs(block)
+            sums.add_target(self._model.num_layers, block, goal - units)
 
     def collected(self) -> Collected:
         """All of it."""

@@ -15,7 +15,7 @@ from eevp_batch.engine.pruned_vocab import exact_best
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.tune.heads import SCORED_ROWS, head_output
-from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge, with_constant
+from eevp_batch.tune.regression import Block, NormalEquations, Ridge, affine, fit_ridge
 from eevp_batch.tune.search import LayerTable
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
 
@@ -173,9 +173,9 @@ def _head_sums(
         goal = unit_state(states[model.num_layers], model.norm_eps)
         for layer in layers:
             units = unit_state(states[layer], model.norm_eps)
-            columns = with_constant(units)
-            sums[layer].add_inputs(columns)
-            sums[layer].add_target(model.num_layers, columns, goal - units)
+            block = Block.of(units)
+            sums[layer].add_inputs(block)
+            sums[layer].add_target(model.num_layers, block, goal - units)
         done += len(forced.rows)
         if on_rows is not None:
             on_rows(done, total)

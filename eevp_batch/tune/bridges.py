@@ -15,9 +15,8 @@ from eevp_batch.engine.fitted import Bridge
 from eevp_batch.tune.regression import (
     NormalEquations,
     Ridge,
-    RidgeFit,
     affine,
-    fit_ridge,
+    choose_penalty,
     unexplained,
     variance,
 )
@@ -79,51 +78,49 @@ def fit_bridge(
         dtype: of the weights.
         lift: that the inputs were made with; see `Bridge`.
     """
-    layers = sorted(sums.xy)
     ridge = Ridge(sums)
-    found = fit_ridge(ridge, held_out, layers)
-    maps, whole, down = found.maps, found.maps, None
+    penalty, down = choose_penalty(ridge, sums, held_out), None
     if rank is not None and rank < sums.width:
-        down, maps = reduce_rank(ridge, found, sums, rank)
-        whole = {t: torch.cat([down.T @ up[:-1], up[-1:]]) for t, up in maps.items()}
+        down, maps = reduce_rank(ridge, penalty, sums, rank)
+        held_out = held_out.through(down)
         down = down.to(dtype).contiguous()
-    left = {layer: unexplained(held_out, layer, whole[layer]) for layer in layers}
-    bridge = Bridge({layer: affine(maps[layer], dtype) for layer in layers}, down, lift)
-    return BridgeFit(bridge, found.penalty, left, (sums.count, held_out.count))
+    else:
+        maps = {layer: next(ridge.maps(xy, [penalty])) for layer, xy in sums.xy.items()}
+    left = {layer: unexplained(held_out, layer, weights) for layer, weights in maps.items()}
+    layers = {layer: affine(weights, dtype) for layer, weights in maps.items()}
+    return BridgeFit(Bridge(layers, down, lift), penalty, left, (sums.count, held_out.count))
 
 
 def reduce_rank(
-    ridge: Ridge, found: RidgeFit, sums: NormalEquations, rank: int
+    ridge: Ridge, penalty: float, sums: NormalEquations, rank: int
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The best maps that all read the same few combinations of the inputs.
 
     Reduced-rank regression (Izenman 1975): with S the regularised covariance of the inputs, W the
     ridge solution and D one over each output's deviation, the maps of rank r nearest to W in
     ||S^{1/2} (W - W_r) D|| come from the leading left singular vectors U of S^{1/2} W D:
-    W_r = S^{-1/2} U U^T S^{1/2} W.
+    W_r = S^{-1/2} U U^T S^{1/2} W. With S = A s A^T and C the covariance of inputs and outputs,
+    S^{1/2} W = A s^{-1/2} A^T C, so that neither W nor a root of S is needed.
 
     Args:
         ridge: of the fitted rows.
-        found: the full maps.
-        sums: the fitted rows, for the deviations.
+        penalty: its regularisation.
+        sums: the fitted rows.
         rank: r, 1 to E.
 
     Returns:
         down [r, E] and, by target, weights and bias behind it [r + 1, out], both float64.
     """
-    spread = ridge.spread(found.penalty)  # [E]
-    root = (ridge.axes * spread.sqrt()) @ ridge.axes.T  # S^{1/2}
-    inverse = (ridge.axes / spread.sqrt()) @ ridge.axes.T
-    gram = torch.zeros_like(root)
-    rooted = {target: root @ weights[:-1] for target, weights in found.maps.items()}
-    for target, square in rooted.items():
-        scaled = square / variance(sums, target).sqrt()
+    root = ridge.spread(penalty).sqrt()[:, None]  # s^{1/2}
+    rooted = {layer: ridge.rotated(xy) / root for layer, xy in sums.xy.items()}
+    gram = torch.zeros_like(ridge.axes)
+    for layer, values in rooted.items():
+        scaled = values / variance(sums, layer).sqrt()
         gram += scaled @ scaled.T
-    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # [E, r]
-    down = leading.T @ inverse
-    maps = {}
-    for target, weights in found.maps.items():
-        up = leading.T @ rooted[target]
-        dropped = ridge.mean @ (weights[:-1] - down.T @ up)  # stays in the mean of the outputs
-        maps[target] = torch.cat([up, (weights[-1] + dropped)[None]])
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # A^T U: [E, r]
+    down = (ridge.axes @ (leading / root)).T
+    middle, maps = down @ ridge.mean, {}
+    for layer, xy in sums.xy.items():
+        up = leading.T @ rooted[layer]
+        maps[layer] = torch.cat([up, (xy[-1] / sums.count - middle @ up)[None]])
     return down, maps

@@ -12,7 +12,7 @@ from eevp_batch.engine.fitted import bridge_input, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.tune.heads import Taught, teach
-from eevp_batch.tune.regression import Block, NormalEquations
+from eevp_batch.tune.regression import NormalEquations, RowSums
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
 
 
@@ -83,13 +83,10 @@ class _Collector:
         if prompt_bridge:
             origins.append(("prompt", self._exits[0]))
 
-        def empty(num_inputs: int) -> NormalEquations:
-            return NormalEquations.empty(num_inputs, model.device)
-
         width = model.hidden_size
         num_inputs = width if lift is None else 2 * width + len(lift)
-        self._bridges = {origin: empty(num_inputs) for origin in origins}
-        self._heads = {e: empty(width) for e in self._exits}
+        self._bridges = {origin: RowSums(num_inputs, model.device) for origin in origins}
+        self._heads = {e: RowSums(width, model.device) for e in self._exits}
         self._units: dict[int, list[torch.Tensor]] = {e: [] for e in self._exits}
         self._taught: list[tuple[torch.Tensor, ...]] = []
         self._seen: set[int] = set()
@@ -97,7 +94,7 @@ class _Collector:
     def add(self, forced: ForcedPass) -> None:
         """One pass."""
         last = self._model.num_layers
-        inputs: dict[tuple[Kind, int], Block] = {}
+        inputs: dict[tuple[Kind, int], torch.Tensor] = {}
         rows: dict[Kind, _Picked] = {
             "generated": _Picked(forced.generated, forced.generated < 0),
             "prompt": self._unseen(forced),
@@ -110,7 +107,8 @@ class _Collector:
                 self._units[layer].append(units[forced.deciding])
                 for origin in self._bridges:
                     if origin[1] == layer:
-                        inputs[origin] = self._inputs(units, first, rows[origin[0]])
+                        found = self._inputs(units, first, rows[origin[0]])
+                        inputs[origin] = self._bridges[origin].block(found)
                         self._bridges[origin].add_inputs(inputs[origin])
             if layer == last:
                 self._teach(hidden[forced.deciding])
@@ -120,13 +118,13 @@ class _Collector:
                     picked = values[rows[origin[0]].places]
                     self._bridges[origin].add_target(layer + 1, block, picked)
 
-    def _inputs(self, units: torch.Tensor, first: torch.Tensor, rows: _Picked) -> Block:
+    def _inputs(self, units: torch.Tensor, first: torch.Tensor, rows: _Picked) -> torch.Tensor:
         """What bridges read of some tokens."""
         picked = units[rows.places]
         if self._lift is None:
-            return Block.of(picked)
+            return picked
         previous = first[rows.places - 1].masked_fill(rows.starts[:, None], 0.0)
-        return Block.of(bridge_input(picked, previous, picked @ self._lift.float().T))
+        return bridge_input(picked, previous, picked @ self._lift.float().T)
 
     def _unseen(self, forced: ForcedPass) -> _Picked:
         """Prompt tokens behind the lead whose beginning no earlier row shared.
@@ -164,7 +162,7 @@ class _Collector:
         goal = unit_state(hidden, self._model.norm_eps)
         for e, sums in self._heads.items():
             units = self._units[e][-1]
-            block = Block.of(units)
+            block = sums.block(units)
             sums.add_inputs(block)
             sums.add_target(self._model.num_layers, block, goal - units)
 
@@ -175,7 +173,9 @@ class _Collector:
             e: Taught(torch.cat(units), best, ids, probabilities)
             for e, units in self._units.items()
         }
-        return Collected(self._bridges, self._heads, taught, self._lift)
+        bridges = {origin: sums.total() for origin, sums in self._bridges.items()}
+        heads = {e: sums.total() for e, sums in self._heads.items()}
+        return Collected(bridges, heads, taught, self._lift)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from eevp_batch.tune.bridges import fit_bridge, lift_size, usual_rank
 from eevp_batch.tune.collect import Collected, collect
 from eevp_batch.tune.head_training import HeadSettings, fit_head, head_figures
 from eevp_batch.tune.heads import Taught, head_output
-from eevp_batch.tune.regression import NormalEquations, Ridge, affine, fit_ridge
+from eevp_batch.tune.regression import NormalEquations, affine, fit_ridge
 from eevp_batch.tune.states import Row, prompt_key
 
 OnProgress = Callable[[str, int, int], None]
@@ -228,7 +228,7 @@ def _fit_heads(
 def ridge_head(model: SegmentedModel, sums: NormalEquations, held_out: NormalEquations) -> Affine:
     """The closed-form head: the least-squares change of the unit state up to the last layer."""
     last = model.num_layers
-    return affine(fit_ridge(Ridge(sums), held_out, [last]).maps[last], torch.float32)
+    return affine(fit_ridge(sums, held_out)[last], torch.float32)
 
 
 def _fit_proposal(

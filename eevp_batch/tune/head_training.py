@@ -43,7 +43,7 @@ class HeadSettings:
         seed: of the order of the tokens.
     """
 
-    epochs: int = 4
+    epochs: int = 2
     batch: int = 256
     learning_rate: float = 1e-4
     target: float = 0.99

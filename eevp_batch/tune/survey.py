@@ -15,7 +15,7 @@ from eevp_batch.engine.pruned_vocab import exact_best
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.tune.heads import SCORED_ROWS, head_output
-from eevp_batch.tune.regression import Block, NormalEquations, Ridge, affine, fit_ridge
+from eevp_batch.tune.regression import NormalEquations, RowSums, affine, fit_ridge
 from eevp_batch.tune.search import LayerTable
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
 
@@ -152,9 +152,8 @@ def quick_heads(
     last = model.num_layers
     heads = {}
     for layer in layers:
-        ridge = Ridge(sums[0][layer])
-        found = fit_ridge(ridge, sums[1][layer], [last], QUICK_PENALTIES)
-        heads[layer] = affine(found.maps[last], torch.float32)
+        maps = fit_ridge(sums[0][layer], sums[1][layer], QUICK_PENALTIES)
+        heads[layer] = affine(maps[last], torch.float32)
     return heads
 
 
@@ -167,16 +166,16 @@ def _head_sums(
     on_rows: OnRows | None,
 ) -> dict[int, NormalEquations]:
     """By layer, sums of the change of the unit state from there to the last layer."""
-    sums = {layer: NormalEquations.empty(model.hidden_size, model.device) for layer in layers}
+    sums = {layer: RowSums(model.hidden_size, model.device) for layer in layers}
     for forced in forced_passes(model, rows, SURVEY_TOKENS):
         states = _deciding(forced, {*layers, model.num_layers})
         goal = unit_state(states[model.num_layers], model.norm_eps)
         for layer in layers:
             units = unit_state(states[layer], model.norm_eps)
-            block = Block.of(units)
+            block = sums[layer].block(units)
             sums[layer].add_inputs(block)
             sums[layer].add_target(model.num_layers, block, goal - units)
         done += len(forced.rows)
         if on_rows is not None:
             on_rows(done, total)
-    return sums
+    return {layer: rows_sum.total() for layer, rows_sum in sums.items()}

@@ -105,8 +105,8 @@ def test_two_replicas_sum_to_what_one_would_have(model: SegmentedModel, rows: li
         (both.bridges["generated", 2], whole.bridges["generated", 2]),
         (both.heads[2], whole.heads[2]),
     ):
-        torch.testing.assert_close(sums.xx, expected.xx)
-        torch.testing.assert_close(sums.xy[6], expected.xy[6])
+        torch.testing.assert_close(sums.xx, expected.xx, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(sums.xy[6], expected.xy[6], rtol=1e-4, atol=1e-3)
     assert sorted(both.taught[2].best_ids) == sorted(whole.taught[2].best_ids)
     assert len(both.taught[2].units) == len(whole.taught[2])
     settings = FitSettings([2], heads=QUICK)

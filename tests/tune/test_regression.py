@@ -7,10 +7,13 @@ import torch
 
 from eevp_batch.tune.bridges import fit_bridge, reduce_rank
 from eevp_batch.tune.regression import (
+    FLOAT32_ROWS,
+    PENALTIES,
     PROBED_OUTPUTS,
-    Block,
     NormalEquations,
     Ridge,
+    RowSums,
+    choose_penalty,
     fit_ridge,
     squared_error,
     unexplained,
@@ -37,12 +40,13 @@ def some_rows(count: int, seed: int, noise: float = 0.0) -> tuple[torch.Tensor, 
 
 
 def summed(inputs: torch.Tensor, values: dict) -> NormalEquations:
-    found = NormalEquations.empty(WIDTH)
-    block = Block.of(inputs)
-    found.add_inputs(block)
-    for target, value in values.items():
-        found.add_target(target, block, value)
-    return found
+    found = RowSums(inputs.shape[1])
+    for some in torch.split(torch.arange(len(inputs)), 1000):
+        block = found.block(inputs[some])
+        found.add_inputs(block)
+        for target, value in values.items():
+            found.add_target(target, block, value[some])
+    return found.total()
 
 
 def with_constant(inputs: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,18 @@ def test_a_mean_that_dwarfs_the_variance_costs_no_digits() -> None:
     torch.testing.assert_close(again, covariance, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_beyond_what_float32_counts_are_summed_too() -> None:
+    count = 2 * FLOAT32_ROWS + 3000
+    inputs = torch.randn(count, 3, generator=torch.Generator().manual_seed(1)) + 5
+    values = inputs.sum(1, keepdim=True) + 100
+    sums = summed(inputs, {3: values})
+    assert sums.count == count
+    columns = with_constant(inputs)
+    torch.testing.assert_close(sums.xx, columns.T @ columns, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.xy[3], columns.T @ values.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.yy[3], values.double().square().sum(0), rtol=1e-6, atol=0)
+
+
 def test_the_error_from_sums_is_the_error_of_the_rows() -> None:
     inputs, values = some_rows(80, 1, noise=1.0)
     sums = summed(inputs, values)
@@ -108,19 +124,30 @@ def test_ridge_solves_its_own_normal_equations(noisy) -> None:
         centred.T @ centred + penalty * torch.eye(WIDTH, dtype=torch.float64),
         centred.T @ (values[4] - values[4].mean(0)).double(),
     )
-    found = Ridge(sums).map(4, 0.01)
+    found = next(Ridge(sums).maps(sums.xy[4], [0.01]))
     torch.testing.assert_close(found[:-1], expected, atol=1e-6, rtol=1e-5)
     mean = (inputs.double().mean(0) @ found[:-1]) + found[-1]
     torch.testing.assert_close(mean, values[4].double().mean(0), atol=1e-5, rtol=1e-5)
 
 
+def left_by_penalty(sums: NormalEquations, held_out: NormalEquations) -> dict[float, float]:
+    ridge, left = Ridge(sums), {}
+    for penalty in PENALTIES:
+        maps = {target: next(ridge.maps(xy, [penalty])) for target, xy in sums.xy.items()}
+        left[penalty] = sum(unexplained(held_out, target, maps[target]) for target in maps)
+    return left
+
+
 def test_held_out_rows_choose_the_regularisation(noisy) -> None:
     sums, held_out = noisy
-    found = fit_ridge(Ridge(sums), held_out, TARGETS)
-    assert found.tried[found.penalty] == min(found.tried.values())
-    assert 1e-8 < found.penalty < 1, "noisy rows ask for some, informative ones not for all"
-    left = [unexplained(held_out, target, found.maps[target]) for target in TARGETS]
-    assert found.tried[found.penalty] == pytest.approx(sum(left) / len(left))
+    left = left_by_penalty(sums, held_out)
+    penalty = choose_penalty(Ridge(sums), sums, held_out)
+    assert left[penalty] == min(left.values())
+    assert 1e-8 < penalty < 1, "noisy rows ask for some, informative ones not for all"
+    maps = fit_ridge(sums, held_out)
+    for target in TARGETS:
+        expected = next(Ridge(sums).maps(sums.xy[target], [penalty]))
+        torch.testing.assert_close(maps[target], expected)
 
 
 def test_where_outputs_are_many_a_sample_of_them_chooses_the_regularisation() -> None:
@@ -133,23 +160,29 @@ def test_where_outputs_are_many_a_sample_of_them_chooses_the_regularisation() ->
         return summed(inputs, {5: inputs @ weight + noise})
 
     sums, held_out = rows(30), rows(400)
-    ridge = Ridge(sums)
-    found = fit_ridge(ridge, held_out, [5])
-    left = {p: unexplained(held_out, 5, ridge.map(5, p)) for p in found.tried}
-    assert found.penalty == min(left, key=lambda penalty: left[penalty])
-    assert found.tried != left
-    assert found.maps[5].shape == (WIDTH + 1, weight.shape[1])
+    assert [len(squares) for squares in sums.probed().yy.values()] == [PROBED_OUTPUTS]
+    left = left_by_penalty(sums, held_out)
+    assert left[choose_penalty(Ridge(sums), sums, held_out)] == min(left.values())
+
+
+def test_sums_of_mapped_inputs_need_no_second_look() -> None:
+    inputs, values = some_rows(50, 1, noise=1.0)
+    down = torch.randn(3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mapped = with_constant(inputs.double() @ down.T)
+    found = summed(inputs, values).through(down)
+    torch.testing.assert_close(found.xx, mapped.T @ mapped, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.xy[3], mapped.T @ values[3].double(), rtol=1e-5, atol=1e-3)
 
 
 def test_low_rank_at_full_rank_is_the_full_map(noisy) -> None:
     sums, held_out = noisy
     assert fit_bridge(sums, held_out, rank=WIDTH).bridge.down is None
     ridge = Ridge(sums)
-    found = fit_ridge(ridge, held_out, TARGETS)
-    down, maps = reduce_rank(ridge, found, sums, WIDTH)
+    down, maps = reduce_rank(ridge, 0.01, sums, WIDTH)
     for target in TARGETS:
-        torch.testing.assert_close(down.T @ maps[target][:-1], found.maps[target][:-1])
-        torch.testing.assert_close(maps[target][-1], found.maps[target][-1])
+        whole = next(ridge.maps(sums.xy[target], [0.01]))
+        torch.testing.assert_close(down.T @ maps[target][:-1], whole[:-1])
+        torch.testing.assert_close(maps[target][-1], whole[-1])
 
 
 def test_low_rank_is_enough_where_the_map_has_that_rank() -> None:

@@ -173,7 +173,7 @@ class Ridge:
         return spread
 
     def rotated(self, xy: torch.Tensor) -> torch.Tensor:
-        """Covariance [E, out] of the inputs along `axes` and a target, from its sums [E + 1, out]."""
+        """Covariance [E, out] of the inputs along `axes` and a target, of sums [E + 1, out]."""
         covariance = xy[:-1] / self._count - self.mean.outer(xy[-1] / self._count)
         rotated: torch.Tensor = self.axes.T @ covariance
         return rotated

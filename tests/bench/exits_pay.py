@@ -1,4 +1,6 @@
-"""Does a job with fitted exits pay? The whole job with exits and without, in turns, in one process.
+"""Does a job with fitted exits pay? The whole job with exits and without, in turns.
+
+Several processes share the rows, as the replicas of a job do, each with cores of its own.
 
     python -m tests.bench.exits_pay --job jobs/extract.yaml --heads out/extract-exits \
         --set exit.kv=bridge --threshold 0.67 --rows 1000 --out FILE
@@ -8,7 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,24 +46,84 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, action="append", required=True)
     parser.add_argument("--rows", type=int, default=1000, help="that the exits were not fitted to")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1, help="that share rows and cores")
     parser.add_argument("--charge-to", type=int, default=20_000, help="rows that pay for the fit")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one process found.
+
+    Attributes:
+        seconds: by system, one for each round.
+        outputs: by system, generations by row.
+        expected: by row, the right answer where the input has one.
+    """
+
+    seconds: dict[str, list[float]]
+    outputs: dict[str, dict[int, Generation]]
+    expected: dict[int, str | None]
+
+
 def main() -> None:
     """Run both in turns and print what exits gained and cost."""
     chosen = options()
-    torch.set_num_threads(chosen.threads)
-    overrides = [f"exit.heads={Path(chosen.heads).resolve()}", "exit.mode=on", *chosen.overrides]
-    thresholds = json.dumps(chosen.threshold)
-    job = prepare(chosen.job, [*overrides, f"exit.threshold={thresholds}"])
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(chosen.processes)
+    with ProcessPoolExecutor(chosen.processes, context, _meet_at, (barrier,)) as pool:
+        parts = list(pool.map(measure, [chosen] * chosen.processes, range(chosen.processes)))
+    # All begin together, and the last one to end ends it.
+    seconds = {
+        name: [max(turn) for turn in zip(*(part.seconds[name] for part in parts), strict=True)]
+        for name in ("off", "on")
+    }
+    outputs: dict[str, dict[int, Generation]] = {"off": {}, "on": {}}
+    expected: dict[int, str | None] = {}
+    for part in parts:
+        expected |= part.expected
+        for name, some in part.outputs.items():
+            outputs[name] |= some
+    manifest = read_manifest(Path(chosen.heads))
+    found = compared(outputs, seconds, expected)
+    found |= charged(found, manifest, len(expected), chosen.charge_to)
+    exit = prepare(chosen.job, overrides(chosen)).spec.exit.model_dump(mode="json")
+    facts = {"job": chosen.job, "exit": exit | {"heads": {"figures": manifest["figures"]}}}
+    print(json.dumps(found, indent=1))
+    if chosen.out is not None:
+        chosen.out.write_text(json.dumps({"setup": setup() | facts, **found}, indent=1) + "\n")
+
+
+_barrier: Barrier
+
+
+def _meet_at(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def overrides(chosen: argparse.Namespace) -> list[str]:
+    """What the job file does not say."""
+    return [
+        f"exit.heads={Path(chosen.heads).resolve()}",
+        "exit.mode=on",
+        f"exit.threshold={json.dumps(chosen.threshold)}",
+        *chosen.overrides,
+    ]
+
+
+def measure(chosen: argparse.Namespace, part: int) -> Measured:
+    """Time both systems on every so-and-so-many-th row, beside the other processes."""
+    cores = sorted(os.sched_getaffinity(0))[part :: chosen.processes]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    job = prepare(chosen.job, overrides(chosen))
     spec, tokenizer = job.spec, load_tokenizer(job.model, job.spec.model)
     encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, job.max_prompt_tokens)
-    manifest = read_manifest(Path(chosen.heads))
-    rows = unseen(spec.input.path, encoder, manifest, chosen.rows)
-    prompts = [Prompt(number, token_ids) for number, (_, token_ids) in enumerate(rows)]
+    rows = unseen(spec.input.path, encoder, read_manifest(Path(chosen.heads)), chosen.rows)
+    mine = dict(list(enumerate(rows))[part :: chosen.processes])
+    prompts = [Prompt(number, token_ids) for number, (_, token_ids) in mine.items()]
     cut = cut_model(load_weights(spec.model, job.model), tokenizer, spec.exit)
     runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine)
     engines = {"off": runs.engine(None), "on": runs.engine(chosen.threshold)}
@@ -64,17 +131,11 @@ def main() -> None:
     outputs: dict[str, dict[int, Generation]] = {}
     for turn in range(chosen.rounds):
         for name in sorted(engines, reverse=bool(turn % 2)):
+            _barrier.wait()
             taken, outputs[name] = timed(engines[name], prompts)
             seconds[name].append(taken)
             print(f"{name}: {taken:.1f} s", flush=True)
-    found = compared(outputs, seconds, [row.get("expected") for row, _ in rows])
-    found |= charged(found, manifest, len(rows), chosen.charge_to)
-    exit = spec.exit.model_dump(mode="json")
-    found = {"setup": setup() | {"job": chosen.job, "exit": exit, "heads": None}, **found}
-    found["setup"]["exit"]["heads"] = {"figures": manifest["figures"]}
-    print(json.dumps({k: v for k, v in found.items() if k != "setup"}, indent=1))
-    if chosen.out is not None:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+    return Measured(seconds, outputs, {n: row.get("expected") for n, (row, _) in mine.items()})
 
 
 def unseen(
@@ -107,7 +168,7 @@ def timed(engine: Engine, prompts: list[Prompt]) -> tuple[float, dict[int, Gener
 def compared(
     outputs: dict[str, dict[int, Generation]],
     seconds: dict[str, list[float]],
-    expected: list[str | None],
+    expected: dict[int, str | None],
 ) -> dict[str, Any]:
     """Rates, how much the output changed, and how often it is the expected answer."""
     off, on = outputs["off"], outputs["on"]
@@ -125,10 +186,10 @@ def compared(
         tokens = sum(one.generated_tokens for one in some.values())
         found[f"{name}_tokens_per_s"] = [tokens / taken for taken in seconds[name]]
         found[f"{name}_rows_per_s"] = [len(some) / taken for taken in seconds[name]]
-        if all(answer is not None for answer in expected):
+        if all(answer is not None for answer in expected.values()):
             right = [
                 some[n].text.strip().startswith(str(answer).rstrip("}"))
-                for n, answer in enumerate(expected)
+                for n, answer in expected.items()
             ]
             found[f"{name}_right_answers"] = mean(right)
     return found

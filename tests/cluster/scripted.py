@@ -129,6 +129,11 @@ class ScriptedEngine:
                 finished.append(self._result(prompt, exits))
         return finished
 
+    def give_up(self, tag: int) -> int:
+        kept = [entry for entry in self.resident if entry[0].tag != tag]
+        num_dropped, self.resident = len(self.resident) - len(kept), deque(kept)
+        return num_dropped
+
     def _result(self, prompt: Prompt, exits: list[TokenExit]) -> Generation | RowFailure:
         if prompt.row_id in self.script.failing:
             name = NonFiniteScoresError.__name__

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from eevp_batch.cluster.audit import AuditedEngine, is_audited
-from eevp_batch.cluster.engine_loop import ChunkResult, ChunkWork, EngineLoop, RowEngine
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork
+from eevp_batch.cluster.engine_loop import EngineLoop, RowEngine
 from eevp_batch.cluster.phased import PhasedEngine
 from eevp_batch.errors import PromptTooLongError
 from eevp_batch.records import Generation, Phase, Prompt, RowId, TokenExit

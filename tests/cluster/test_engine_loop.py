@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from eevp_batch.cluster.engine_loop import ChunkResult, ChunkWork, EngineLoop
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork
+from eevp_batch.cluster.engine_loop import EngineLoop
 from eevp_batch.cluster.replica import encode_rows
 from eevp_batch.errors import EmptyPromptError, EngineError, EngineStalledError, PromptTooLongError
 from eevp_batch.records import Generation, Prompt, RowFailure

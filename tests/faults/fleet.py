@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eevp_batch.cluster.backlog import ChunkTask
-from eevp_batch.cluster.engine_loop import ChunkWork
+from eevp_batch.cluster.chunk_work import ChunkWork
 from eevp_batch.cluster.fleet import Call, Outcome, Resources, Slot
 from eevp_batch.cluster.learning import LearnAttempt, LearnOrder
 from eevp_batch.cluster.leases import Lease

@@ -91,18 +91,18 @@ class Replica:
         self._epochs: set[int] = set()  # of the leases that are here
         self._called_off: set[int] = set()
         self._is_leaving = False
-        self._events: asyncio.AbstractEventLoop | None = None
-        on_sigterm(self._told_to_end)
+        self._events: asyncio.AbstractEventLoop  # set by `ready`
         watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
-        """Wait until the engine is built.
+        """Wait until the engine is built; from now on, SIGTERM makes the replica leave.
 
         Raises:
             EevpError: what the package itself has to say against the job; starting again is no use.
             RuntimeError: the engine could not be built for a reason that may pass.
         """
         self._events = asyncio.get_running_loop()
+        on_sigterm(self._told_to_end)
         try:
             engine, _ = await asyncio.wrap_future(self._loop.built)
         except EevpError as error:
@@ -149,10 +149,8 @@ class Replica:
             await self.call_off(epoch)
 
     def _told_to_end(self) -> None:
-        """The process got SIGTERM."""
-        self._is_leaving = True
-        if self._events is not None:
-            asyncio.run_coroutine_threadsafe(self.leave(), self._events)
+        """The process got SIGTERM; in a thread of its own."""
+        asyncio.run_coroutine_threadsafe(self.leave(), self._events)
 
     async def learn(self, order: LearnOrder) -> LearnAttempt:
         """Learn exits from what is committed, once the chunks that are here are finished.

@@ -177,6 +177,8 @@ class Coordinator:
             self.recoveries += self._staffing.bury(outcome.slot, outcome.lost)
         elif outcome.failed is not None:
             self._take_failure(outcome)
+        elif outcome.call == "place":
+            self._diary.write("replica_placed", replica=outcome.slot.name)
         elif outcome.call == "ready":
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":

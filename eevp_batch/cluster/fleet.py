@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from eevp_batch.errors import EevpError, JobFailedError
 
 _PID = re.compile(r"\bpid: (\d+)")
 _LOOK_AT_NODES_EVERY_S = 5.0
+_HEAD_ANSWERS_S = 3.0
 _NODES_NAMED = 4
 _EXPECTED = "terminated expectedly"  # what Ray says of a node that was told to end
 
@@ -220,13 +221,13 @@ class Fleet:
         """
         if time.monotonic() >= self._nodes_due_s:
             self._nodes_due_s = time.monotonic() + _LOOK_AT_NODES_EVERY_S
-            self._leave_nodes(state.get_draining_nodes())
+            self._leave_nodes(_draining_nodes())
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
         for slot in self.slots:
             if slot.handle is not None and slot.index not in asked:
                 self._remember(slot.handle.progress.remote(), slot, "progress")
 
-    def _leave_nodes(self, going: Mapping[str, int]) -> None:
+    def _leave_nodes(self, going: Collection[str]) -> None:
         for slot in self.slots if going else ():
             if slot.ready is not None and slot.ready.node_id in going and not slot.is_leaving:
                 slot.handle.leave.remote()
@@ -288,6 +289,15 @@ class Fleet:
 
     def _remember(self, ref: Any, slot: Slot, call: Call, lease: Lease | None = None) -> None:
         self._calls[ref] = (slot, call, lease)
+
+
+def _draining_nodes() -> Collection[str]:
+    """Ids of the nodes that are about to be taken away; none while Ray's head does not answer."""
+    try:
+        client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        return set(client.get_draining_nodes(timeout=_HEAD_ANSWERS_S))
+    except RayError:
+        return ()
 
 
 def _reason(text: str, stderr_tail: Callable[[int], str]) -> str:

@@ -39,7 +39,8 @@ def replica_resources(cluster: ClusterSpec, nodes: Sequence[Offer]) -> Resources
         num_gpus = cluster.gpus_per_replica
     if cluster.cpus_per_replica == "auto":
         fitting = int(gpus / num_gpus + 1e-6) if num_gpus else 0
-        num_cpus = _share(cpus, min(fitting or cluster.max_replicas, cluster.max_replicas))
+        most = min(fitting or cluster.max_replicas, cluster.max_replicas)
+        num_cpus = _share(cpus, max(needed, most))
     else:
         num_cpus = cluster.cpus_per_replica
     asked = (("cpus", num_cpus, sum(cpus)), ("gpus", num_gpus, gpus))

@@ -7,15 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from eevp_batch.cluster import coordinator, stragglers
-from eevp_batch.cluster.leases import Lease, LeaseTable
+from eevp_batch.cluster.backlog import ChunkTask
+from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.stragglers import Straggler
+from eevp_batch.errors import StaleAttemptError
+from eevp_batch.storage.commit import Committer
+from tests.cluster.jobs import make_job
+from tests.cluster.scripted import Script
 from tests.faults import fleet, history
+from tests.faults.fleet import Replica
 from tests.faults.history import Job, Setting, live
 from tests.faults.machine import Machine
 from tests.faults.sweep import sweep
@@ -80,21 +85,14 @@ def test_a_crash_at_every_point_of_a_job_with_copies(tmp_path: Path) -> None:
 
 
 def test_a_rival_that_nobody_ended_is_still_refused_by_the_commit_record(tmp_path: Path) -> None:
-    """The table ends both leases; without that, the exclusive record would be what is left."""
-
-    def forgetful(table: LeaseTable, lease: Lease) -> None:
-        rivals = table.rivals(lease)
-        settle(table, lease)
-        for rival in rivals:
-            table._leased.setdefault(rival.chunk_id, []).append(rival)
-            table._held.setdefault(rival.replica, {})[rival.chunk_id] = rival
-
-    settle: Any = LeaseTable.commit
-    expected = lived(tmp_path / "expected", 0)[0].output()
-    with (
-        patch.object(LeaseTable, "commit", forgetful),
-        patch.object(fleet.ScriptedFleet, "call_off", lambda *arguments: None),
-    ):
-        job, kinds = lived(tmp_path / "forgetful", 1)
-    assert kinds["attempt_discarded"] and kinds["chunk_committed"] == 5
-    assert job.output() == expected
+    """The table ends both leases; without that, the exclusive record is what is left."""
+    job = make_job(tmp_path)
+    replica = Replica(lambda: job.store, job.plan, job.spec, Script())
+    task = ChunkTask(job.plan.chunks[3])
+    first, second = (replica.attempt(Lease(3, epoch, epoch, "r"), task) for epoch in (1, 2))
+    committer = Committer(job.store, job.plan)
+    committer.commit(second, second.epoch)
+    with pytest.raises(StaleAttemptError, match="is committed already"):
+        committer.commit(first, first.epoch)
+    assert [record.attempt.epoch for record in committer.records()] == [2]
+    assert job.store.list("_eevp/attempts") == [], "the loser's files are gone"

@@ -205,7 +205,7 @@ class Coordinator:
             self._diary.tell(shortage)
         slot.progress = heard
         slot.is_leaving |= heard.is_leaving
-        is_busy = bool(self._leases.leases_of(slot.name))
+        is_busy = self._leases.num_held(slot.name) > 0
         slot.pace.heard(heard.finished_rows, is_busy, time.monotonic())
         if heard.max_resident:  # another engine, or one short of memory, may hold more or fewer
             slot.max_leases = rules.max_leases(heard.max_resident, self._plan)
@@ -215,6 +215,9 @@ class Coordinator:
         """End the job for what the code raised, except where a fresh start may help."""
         if outcome.call == "ready" and not outcome.is_ours:
             self.recoveries += self._staffing.bury(outcome.slot, str(outcome.failed))
+        elif outcome.lease is not None and not self._leases.is_current(outcome.lease):
+            # Another replica was first; if this one is broken, its next lease will tell.
+            self._diary.of_lease("attempt_discarded", outcome.lease, reason=outcome.failed)
         else:
             raise JobFailedError(outcome.failed)
 

@@ -83,8 +83,10 @@ class Handout:
         Args:
             rows_left: rows that are not committed yet.
         """
+        if self._backlog.is_retry or not self._phases.is_learning_due:
+            return
         slots = [slot for slot in self._fleet.slots if slot.can_work]
-        if not slots or self._backlog.is_retry or not self._phases.is_learning_due:
+        if not slots:
             return
         slot = min(slots, key=lambda slot: self._leases.num_held(slot.name))
         order = self._phases.learn(rows_left)

@@ -212,7 +212,7 @@ def _open_plan(job: PreparedJob) -> Plan:
     verb = "starts" if opened.run_id == job.plan.run_id else "resumes"
     click.echo(
         f"{opened.run_id} {verb}: {opened.num_rows:,} rows in {len(opened.chunks):,} chunks, "
-        f"{job.spec.cluster.replicas} replica(s), output in {job.store.text}",
+        f"{job.spec.cluster.max_replicas} replica(s), output in {job.store.text}",
         err=True,
     )
     return opened

@@ -133,17 +133,52 @@ class EngineSpec(Section):
     """Whether a beginning that many prompts share is computed once."""
 
 
+class ReplicaRange(Section):
+    """From how few to how many replicas a job runs on."""
+
+    min: Count = 1
+    """Fewest that have to find a place within cluster.placement_timeout_s."""
+    max: Count
+    """Most that it asks Ray for, as long as there is work for them; required."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ReplicaRange:
+        if self.max < self.min:
+            raise refused("max", self.max, f"at least {self.min}, which is cluster.replicas.min")
+        return self
+
+
 class ClusterSpec(Section):
     """How many replicas run, and on what; changes speed, never the output."""
 
     address: Text | None = None
     """Running Ray cluster to join: `auto` or host:port of its head; none: one of the job's own."""
-    replicas: Count = 1
-    """Copies of the model that work side by side."""
+    replicas: Count | ReplicaRange = 1
+    """Copies of the model that work side by side; a number n is {min: 1, max: n}."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs of one replica; 1 where there is a GPU, else 0."""
+    """GPUs of one replica: 0, a share of one, or a whole number; 1 where there is a GPU, else 0."""
     cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = "auto"
     """CPU cores of one replica; an equal share of the machine's."""
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds that fewer replicas than the job needs may be without a place before it fails."""
+
+    @model_validator(mode="after")
+    def _shares_no_two_gpus(self) -> ClusterSpec:
+        gpus = self.gpus_per_replica
+        if gpus != "auto" and gpus > 1 and gpus != int(gpus):
+            allowed = "auto, 0, a share of one GPU such as 0.5, or a whole number"
+            raise refused("gpus_per_replica", gpus, allowed)
+        return self
+
+    @property
+    def min_replicas(self) -> int:
+        """Replicas that the job cannot do without."""
+        return 1 if isinstance(self.replicas, int) else self.replicas.min
+
+    @property
+    def max_replicas(self) -> int:
+        """Most replicas that the job has at a time."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
 
 class RunSpec(Section):

@@ -86,6 +86,12 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("run: {chunk_rows: 1.0}", 1, "run.chunk_rows", "1.0", "an integer, at least 1"),
     ("run: {max_error_rate: 1.5}", 1, "run.max_error_rate", "1.5", "at most 1"),
     ("engine: {kv_memory: 2GB}", 1, "engine.kv_memory", '"2GB"', "2GiB or 512MiB"),
+    ("cluster: {replicas: 0}", 1, "cluster.replicas", "0", "at least 1, or a mapping with keys"),
+    ("cluster: {replicas: {min: 2}}", 1, "cluster.replicas", '{"min": 2}', "with keys min, max"),
+    ("cluster: {replicas: {max: 0}}", 1, "cluster.replicas.max", "0", "an integer, at least 1"),
+    ("cluster: {replicas: {min: 4, max: 3}}", 1, "cluster.replicas.max", "3", "at least 4"),
+    ("cluster: {gpus_per_replica: 1.5}", 1, "cluster.gpus_per_replica", "1.5", "a whole number"),
+    ("cluster: {placement_timeout_s: 0}", 1, "cluster.placement_timeout_s", "0", "more than 0"),
     ("cluster: {cpus_per_replica: 0}", 1, "cluster.cpus_per_replica", "0", "more than 0"),
     (
         "prompt: {on_overlong: drop}",
@@ -423,6 +429,7 @@ def test_every_field_but_the_paths_has_a_default() -> None:
         "ModelSpec.path",
         "OutputSpec.path",
         "DecaySpec.temperature",
+        "ReplicaRange.max",
     }
 
 

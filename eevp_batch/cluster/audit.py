@@ -102,6 +102,16 @@ class AuditedEngine:
                 kept.clear()
         return finished
 
+    def give_up(self, tag: int) -> int:
+        """Drop the prompts with this tag and their audits; how many prompts there were."""
+        self._num_unfinished -= self._whole.give_up(tag)
+        num_halves = sum(key[0] == tag for key in self._found)
+        self._open = {key for key in self._open if key[0] != tag}
+        for kept in (self._found, self._wholes):
+            for key in [key for key in kept if key[0] == tag]:
+                del kept[key]
+        return num_halves + self._engine.give_up(tag)
+
     def _settle(self, results: dict[_Key, Result], result: Result) -> list[Result]:
         """Keep what waits for its other half; what goes back now."""
         key, is_whole = (result.tag, result.row_id), results is self._wholes

@@ -99,7 +99,7 @@ class Backlog:
         if lease is None:
             return None
         chunk_id = lease.chunk_id
-        task = ChunkTask(self._plan.chunks[chunk_id], self._patches.get(chunk_id))
+        task = self._task(chunk_id)
         if not lease.is_alone:
             return lease, task
         suspect = self._bisections.get(chunk_id)
@@ -114,6 +114,13 @@ class Backlog:
             pieces=tuple(suspect.pieces),
             set_aside=tuple(suspect.set_aside),
         )
+
+    def copy(self, lease: Lease, replica: str) -> tuple[Lease, ChunkTask]:
+        """Lease a chunk that may be copied to a second replica as well."""
+        return self.leases.copy(lease, replica), self._task(lease.chunk_id)
+
+    def _task(self, chunk_id: int) -> ChunkTask:
+        return ChunkTask(self._plan.chunks[chunk_id], self._patches.get(chunk_id))
 
     def take_piece(self, lease: Lease, attempt: Attempt) -> bool:
         """Keep an attempt that is only a piece of its chunk; False where it is the whole.

@@ -6,21 +6,25 @@ it, and what it holds does not grow with the rows that are done.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from eevp_batch.cluster import news, rules, stall
 from eevp_batch.cluster.backlog import Backlog
+from eevp_batch.cluster.crew import Crew
 from eevp_batch.cluster.deaths import DeathWatch
+from eevp_batch.cluster.diary import Diary
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
+from eevp_batch.cluster.handout import Handout
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.cluster.news import News
 from eevp_batch.cluster.phases import Phases
+from eevp_batch.cluster.placement import PlacementWatch
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
+from eevp_batch.cluster.replica import GivenUp
+from eevp_batch.cluster.staffing import Staffing
 from eevp_batch.errors import JobFailedError, StaleAttemptError, TooManyErrorsError
 from eevp_batch.records import ChunkStats
 from eevp_batch.spec import JobSpec
@@ -63,10 +67,11 @@ class Coordinator:
         phases: Phases,
     ) -> None:
         self._spec, self._plan, self._fleet = spec, plan, fleet
-        self._committer, self._events = committer, events
-        self._on_progress, self._on_message = on_progress, on_message
-        self._phases = phases
+        self._committer, self._on_progress = committer, on_progress
+        self._phases, self._diary = phases, Diary(events, on_message)
         self._backlog, self._leases = backlog, backlog.leases
+        self._handout = Handout(fleet, backlog, phases, self._diary)
+        self._crew = Crew(fleet.slots, backlog.leases)
         self.totals = totals
         self.recoveries = Recoveries()
         self.num_done_before = num_done
@@ -77,12 +82,20 @@ class Coordinator:
             0 if backlog.is_retry else totals.rows,
         )
         self._deaths = DeathWatch(fleet.slots, spec.run)
+        self._staffing = Staffing(fleet, self._crew, backlog, phases, self._deaths, self._diary)
         self._stall = stall.StallWatch(
             spec.run.no_progress_timeout_s,
             lambda: stall.describe(fleet.slots, self._leases.leases_of, fleet.resources),
         )
+        self._placement = PlacementWatch(
+            min(spec.cluster.min_replicas, len(fleet.slots)),
+            spec.cluster.placement_timeout_s,
+            fleet.resources,
+            lambda: fleet.room(),
+            on_message,
+        )
         self._look_due_s = 0.0
-        self._waiting, self._in_storage = Stopwatch(), Stopwatch()
+        self._waiting, self._in_storage = Stopwatch(), self._diary.in_storage
         self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
     @property
@@ -116,11 +129,13 @@ class Coordinator:
                 committed.
         """
         for found in self._phases.start():
-            self._tell(found)
+            self._diary.tell(found)
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
-            self._start_replicas()
-            self._hand_out()
-            self._ask_to_learn()
+            self.recoveries += self._staffing.release_leavers()
+            if not self._is_draining:
+                self._staffing.start(time.monotonic())
+                self._handout.pending()
+                self._handout.learning(self._plan.num_rows - self.totals.rows)
             with self._waiting:
                 outcomes = list(self._fleet.wait(_TICK_S))
             for outcome in outcomes:
@@ -136,11 +151,12 @@ class Coordinator:
         """The job now."""
         return self._meter.progress(
             time.monotonic(),
-            open_rows=sum(slot.open_rows for slot in self._fleet.slots),
+            # The rows of a copy are those of the chunk that it is a copy of.
+            open_rows=sum(s.open_rows for s in self._fleet.slots if not self._has_copy(s)),
             waited_s=self._waiting.total_s,
             storage_s=self._in_storage.total_s,
             rows_error=self.totals.rows_error,
-            replicas=len(self._fleet.slots),
+            replicas=self._crew.num_present,
             replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
             chunks_total=self.num_done_before + self._backlog.num_chunks,
             chunks_committed=self.num_committed,
@@ -149,81 +165,48 @@ class Coordinator:
             is_draining=self._is_draining,
         )
 
-    # --- handing out -----------------------------------------------------------------------------
-
-    def _start_replicas(self) -> None:
-        if self._is_draining:
-            return
-        now_s = time.monotonic()
-        for slot in self._fleet.slots:
-            if slot.handle is None and slot.not_before_s <= now_s:
-                self._fleet.start(slot)
-
-    def _hand_out(self) -> None:
-        """Lease pending chunks to the replicas that hold the fewest."""
-        if self._is_draining:
-            return
-        held = {
-            slot.index: len(self._leases.leases_of(slot.name))
-            for slot in self._fleet.slots
-            if slot.ready is not None and not slot.is_learning
-        }
-        while held and self._leases.num_pending:
-            slot = self._fleet.slots[min(held, key=lambda index: held[index])]
-            is_full = held[slot.index] >= min(slot.max_leases, self._fair_share())
-            if is_full or not self._lease(slot):
-                # Replicas that can hold more than this one may still take some.
-                del held[slot.index]
-                continue
-            held[slot.index] += 1
-
-    def _fair_share(self) -> int:
-        """Chunks that a replica may hold so that the last ones spread over all replicas."""
-        return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
-
-    def _lease(self, slot: Slot) -> bool:
-        found = self._backlog.lease(slot.name, self._phases.phase)
-        if found is None:
-            return False
-        lease, task = found
-        self._write_event("chunk_leased", **news.lease_fields(lease, task.span))
-        self._fleet.process(slot, lease, task)
-        return True
-
-    def _ask_to_learn(self) -> None:
-        """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
-        slots = [slot for slot in self._fleet.slots if slot.ready is not None]
-        is_due = not self._backlog.is_retry and self._phases.is_learning_due
-        if self._is_draining or not slots or not is_due:
-            return
-        slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
-        order = self._phases.learn(self._plan.num_rows - self.totals.rows)
-        self._tell(news.learning_started(slot.name, order))
-        self._fleet.learn(slot, order)
+    def _has_copy(self, slot: Slot) -> bool:
+        return any(lease.is_copy for lease in self._leases.leases_of(slot.name))
 
     # --- taking in -------------------------------------------------------------------------------
 
     def _take(self, outcome: Outcome) -> None:
-        if outcome.lost is not None:
-            self._bury(outcome.slot, outcome.lost)
+        if outcome.lost is not None and (outcome.is_told or outcome.slot.is_leaving):
+            self.recoveries += self._staffing.let_go(outcome.slot, outcome.lost)
+        elif outcome.lost is not None:
+            self.recoveries += self._staffing.bury(outcome.slot, outcome.lost)
         elif outcome.failed is not None:
             self._take_failure(outcome)
+        elif outcome.call == "place":
+            self._diary.write("replica_placed", replica=outcome.slot.name)
         elif outcome.call == "ready":
             self._take_ready(outcome.slot, outcome.value)
         elif outcome.call == "progress":
             self._take_progress(outcome.slot, outcome.value)
+        elif outcome.lease is not None and isinstance(outcome.value, GivenUp):
+            self._take_back(outcome.slot, outcome.lease, outcome.value)
         elif outcome.lease is not None:
             self._commit(outcome.slot, outcome.lease, outcome.value)
         elif outcome.call == "learn":
             outcome.slot.is_learning = False
-            self._tell(self._phases.has_learned(outcome.value))
+            self._diary.tell(self._phases.has_learned(outcome.value))
+
+    def _take_back(self, slot: Slot, lease: Lease, given_up: GivenUp) -> None:
+        """A replica made no attempt at a chunk: it was called off, or the replica leaves."""
+        slot.is_leaving |= given_up.is_leaving
+        if self._leases.give_back(lease):
+            self.recoveries += Recoveries(chunks_returned=1)
+        self._diary.of_lease("chunk_given_up", lease, is_leaving=given_up.is_leaving)
 
     def _take_progress(self, slot: Slot, heard: LoopProgress) -> None:
         shortage = news.memory_shortage(slot.name, slot.progress, heard)
         if shortage is not None:
             self.recoveries += Recoveries(memory_shortages=shortage.fields["steps"])
-            self._tell(shortage)
+            self._diary.tell(shortage)
         slot.progress = heard
+        slot.is_leaving |= heard.is_leaving
+        is_busy = self._leases.num_held(slot.name) > 0
+        slot.pace.heard(heard.finished_rows, is_busy, time.monotonic())
         if heard.max_resident:  # another engine, or one short of memory, may hold more or fewer
             slot.max_leases = rules.max_leases(heard.max_resident, self._plan)
         self._meter.update(slot.index, slot.name, heard)
@@ -231,7 +214,10 @@ class Coordinator:
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
         if outcome.call == "ready" and not outcome.is_ours:
-            self._bury(outcome.slot, str(outcome.failed))
+            self.recoveries += self._staffing.bury(outcome.slot, str(outcome.failed))
+        elif outcome.lease is not None and not self._leases.is_current(outcome.lease):
+            # Another replica was first; if this one is broken, its next lease will tell.
+            self._diary.of_lease("attempt_discarded", outcome.lease, reason=outcome.failed)
         else:
             raise JobFailedError(outcome.failed)
 
@@ -239,22 +225,25 @@ class Coordinator:
         slot.ready = ready
         slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
         self._meter.replica_is_ready(time.monotonic())
-        self._write_event("replica_ready", **news.ready_fields(slot, ready))
+        self._diary.write("replica_ready", **news.ready_fields(slot, ready))
 
     def _commit(self, slot: Slot, lease: Lease, attempt: Attempt) -> None:
         # Epochs start at 1: no attempt is of lease 0.
-        current_epoch = self._leases.current_epoch(lease.chunk_id) or 0
+        is_current, rivals = self._leases.is_current(lease), self._leases.rivals(lease)
+        epoch = lease.epoch if is_current else self._leases.current_epoch(lease.chunk_id) or 0
         try:
             if self._backlog.take_piece(lease, attempt):
                 self._settle(slot, attempt.stats.rows)
                 return
             with self._in_storage:
-                stats = self._committer.commit(attempt, current_epoch).attempt.stats
+                stats = self._committer.commit(attempt, epoch).attempt.stats
         except StaleAttemptError as error:
+            slot.committed_rows += attempt.stats.rows  # by another one
             self.recoveries += Recoveries(attempts_discarded=1)
-            self._write_event("attempt_discarded", **_names(lease), reason=str(error))
+            self._diary.of_lease("attempt_discarded", lease, reason=str(error))
             return
         pieces = self._backlog.commit(lease)
+        self._call_off(rivals)
         with self._in_storage:
             for piece in pieces:
                 self._committer.discard(piece)
@@ -262,16 +251,24 @@ class Coordinator:
         self.totals = self.totals.without_errors(superseded) + stats
         rows = self._backlog.num_rows(lease.chunk_id)
         self._settle(slot, rows - sum(piece.stats.rows for piece in pieces))
-        self._write_event(
+        self.recoveries += Recoveries(copies_first=int(lease.is_copy))
+        self._diary.of_lease(
             "chunk_committed",
-            **_names(lease),
+            lease,
             rows_ok=stats.rows_ok,
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
         for found in self._phases.committed(attempt, self.totals.audit):
-            self._tell(found)
+            self._diary.tell(found)
         self._check_errors()
+
+    def _call_off(self, rivals: list[Lease]) -> None:
+        """Spare the replicas that are at a chunk that has just been committed."""
+        for lease in rivals:
+            for slot in self._fleet.slots:
+                if slot.name == lease.replica:
+                    self._fleet.call_off(slot, lease)
 
     def _settle(self, slot: Slot, rows: int) -> None:
         """A replica has finished something that stays."""
@@ -287,30 +284,8 @@ class Coordinator:
             rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
         except TooManyErrorsError as error:
             self._has_too_many_errors = True
-            self._on_message(str(error))
+            self._diary.say(str(error))
             self.drain()
-
-    # --- deaths ----------------------------------------------------------------------------------
-
-    def _bury(self, slot: Slot, reason: str) -> None:
-        """Give a replica up: its chunks are pending again, its slot is free for the next one."""
-        name, was_learning = slot.name, slot.is_learning
-        returned, set_aside = self._backlog.release(name, reason)
-        self._fleet.bury(slot)
-        self.recoveries += Recoveries(
-            replica_deaths=1, chunks_returned=len(returned), rows_set_aside=len(set_aside)
-        )
-        self._write_event(
-            "replica_dead",
-            replica=name,
-            reason=reason,
-            chunks=[lease.chunk_id for lease in returned],
-        )
-        self._on_message(f"{name} died; {len(returned)} chunks go back: {reason}")
-        tried_suspect = any(lease.is_alone for lease in returned)
-        self._deaths.died(slot, reason, tried_suspect=tried_suspect)
-        for found in (*set_aside, *(self._phases.learner_died() if was_learning else ())):
-            self._tell(found)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
@@ -318,32 +293,25 @@ class Coordinator:
         """Report, and ask the replicas for the next report."""
         if self._is_draining and not self._has_told_draining:
             self._tell_draining()
-        if time.monotonic() < self._look_due_s:
+        now_s = time.monotonic()
+        if now_s < self._look_due_s:
             return
-        self._look_due_s = time.monotonic() + LOOK_EVERY_S
+        self._look_due_s = now_s + LOOK_EVERY_S
         with self._in_storage:
             self._committer.check_lock()
         self._fleet.poll()
+        if not self._is_draining:
+            self.recoveries += Recoveries(chunks_copied=self._handout.copies(now_s))
+        self._staffing.dismiss(now_s)
         found = self.progress()
         self._on_progress(found)
-        self._stall.look(found)
+        if self._placement.look(now_s, self._crew.num_placed, self._crew.num_wanted):
+            self._stall.look(found)
 
     def _tell_draining(self) -> None:
         self._has_told_draining = True
-        self._write_event("job_draining", chunks_in_flight=self._leases.num_leased)
-        self._on_message(
+        self._diary.write("job_draining", chunks_in_flight=self._leases.num_leased)
+        self._diary.say(
             f"stopping: {self._leases.num_leased} chunks under way are finished first; interrupt "
             "again to stop at once, which loses those chunks and nothing else"
         )
-
-    def _tell(self, told: News) -> None:
-        self._write_event(told.event, **told.fields)
-        self._on_message(told.text)
-
-    def _write_event(self, event: str, **fields: Any) -> None:
-        with self._in_storage:
-            self._events.write(event, **fields)
-
-
-def _names(lease: Lease) -> dict[str, Any]:
-    return {"chunk_id": lease.chunk_id, "epoch": lease.epoch, "replica": lease.replica}

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork, row_failure
 from eevp_batch.cluster.watchdog import Pulse
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
@@ -43,7 +44,8 @@ class EngineCounters(Protocol):
 class RowEngine(Protocol):
     """What a replica needs of an engine; `eevp_batch.engine.Engine` and scripted engines have it.
 
-    Each prompt that was added comes out of `step` exactly once, as its generation or as a failure.
+    Each prompt that was added comes out of `step` exactly once, as its generation or as a failure,
+    unless it was given up.
     """
 
     @property
@@ -68,6 +70,9 @@ class RowEngine(Protocol):
     def step(self) -> Sequence[Generation | RowFailure]:
         """Run one batch through one segment; what finished."""
 
+    def give_up(self, tag: int) -> int:
+        """Drop the prompts with this tag, of which nothing comes out any more; how many."""
+
 
 class RowEncoder(Protocol):
     """Turns an input row into prompt tokens."""
@@ -84,14 +89,6 @@ Build = Callable[[], tuple[RowEngine, RowEncoder]]
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """All that became of a chunk's rows: each row in one of the two lists."""
-
-    generations: list[Generation]
-    failures: list[RowFailure]
-
-
-@dataclass(frozen=True, slots=True)
 class LoopProgress:
     """What an engine loop has done and holds.
 
@@ -102,6 +99,7 @@ class LoopProgress:
         max_resident: the most sequences that the engine of the moment can hold.
         shortages: how often memory ran out in a step, since the engine was built.
         doing: what the thread does, and for how long; empty before it is known.
+        is_leaving: whether the replica's process was told to end.
     """
 
     tokens: int = 0
@@ -111,59 +109,7 @@ class LoopProgress:
     max_resident: int = 0
     shortages: int = 0
     doing: str = ""
-
-
-class ChunkWork:
-    """A chunk on its way through the engine.
-
-    Args:
-        key: unique among the chunks of a loop; travels as `Prompt.tag`.
-        prompts: every sample of every row that could be encoded, in row order.
-        failures: the rows that could not.
-    """
-
-    def __init__(self, key: int, prompts: Sequence[Prompt], failures: Sequence[RowFailure]) -> None:
-        self.key = key
-        self.future: Future[ChunkResult] = Future()
-        self.prompts = prompts
-        self._samples_left = Counter(prompt.row_id for prompt in prompts)
-        self._generations: list[Generation] = []
-        self._failures = {failure.row_id: failure for failure in failures}
-
-    @property
-    def num_failed(self) -> int:
-        return len(self._failures)
-
-    @property
-    def is_finished(self) -> bool:
-        return not self._samples_left
-
-    def has_failed(self, row_id: RowId) -> bool:
-        """Whether a sample of the row failed, so that its other samples are no longer wanted."""
-        return row_id in self._failures
-
-    def settle(self, row_id: RowId, result: Generation | RowFailure | None) -> bool:
-        """Count one sample of a row in; None when it was dropped. True when the row is finished.
-
-        Raises:
-            EngineError: the chunk does not wait for a sample of this row.
-        """
-        if row_id not in self._samples_left:
-            raise EngineError(f"the engine gave a result that nobody waits for: row {row_id!r}")
-        if isinstance(result, RowFailure):
-            self._failures.setdefault(row_id, result)
-        elif result is not None:
-            self._generations.append(result)
-        self._samples_left[row_id] -= 1
-        if self._samples_left[row_id]:
-            return False
-        del self._samples_left[row_id]
-        return True
-
-    def finish(self) -> None:
-        """Hand the result to whoever waits. The other samples of a failed row are dropped."""
-        kept = [g for g in self._generations if not self.has_failed(g.row_id)]
-        self.future.set_result(ChunkResult(kept, list(self._failures.values())))
+    is_leaving: bool = False
 
 
 class EngineLoop:
@@ -185,6 +131,7 @@ class EngineLoop:
         self._line: deque[Prompt] = deque()
         self._open: dict[int, ChunkWork] = {}
         self._tasks: deque[Callable[[], None]] = deque()
+        self._called_off: deque[int] = deque()
         self._error: BaseException | None = None
         self._is_closed = False
         self._finished_rows = 0
@@ -206,6 +153,11 @@ class EngineLoop:
                 self._line.extend(work.prompts)
                 self._changed.notify()
         return work.future
+
+    def call_off(self, key: int) -> None:
+        """Drop a chunk: its future is cancelled unless it is finished; any thread may call it."""
+        with self._changed:
+            self._called_off.append(key)
 
     def call(self, task: Callable[[RowEngine, RowEncoder], _T]) -> Future[_T]:
         """Run something else in the thread, once the engine has nothing to do; any thread may call.
@@ -267,6 +219,8 @@ class EngineLoop:
             self._tasks.popleft()()
             return
         self.pulse.begin("runs a step", is_bounded=True)
+        if self._called_off and self._drop(engine):
+            return
         admitted = self._admit(engine)
         if not engine.is_idle:
             for result in engine.step():
@@ -275,6 +229,20 @@ class EngineLoop:
             raise EngineStalledError(f"an idle engine admits none of {len(self._line)} prompts")
         if time.monotonic() >= self._snapshot_due_s:
             self._take_snapshot(engine)
+
+    def _drop(self, engine: RowEngine) -> bool:
+        """Drop the chunks that were called off; whether any was here."""
+        num_open = len(self._open)
+        with self._changed:
+            keys = {key for key in self._called_off if key in self._open}
+            self._called_off.clear()
+            dropped = [self._open.pop(key) for key in keys]
+            self._line = deque(prompt for prompt in self._line if prompt.tag not in keys)
+            self._finished_rows -= sum(work.num_finished for work in dropped)
+        for work in dropped:
+            engine.give_up(work.key)
+            work.future.cancel()
+        return len(self._open) < num_open
 
     def _admit(self, engine: RowEngine) -> int:
         """Move prompts from the line into the engine; how many left the line."""
@@ -325,8 +293,3 @@ class EngineLoop:
             self.built.set_exception(error)
         for future in waiting:
             future.set_exception(error)
-
-
-def row_failure(row_id: RowId, error: RowError) -> RowFailure:
-    """The error row of a row that cannot be done."""
-    return RowFailure(row_id=row_id, error_class=type(error).__name__, message=str(error))

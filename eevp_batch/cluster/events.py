@@ -7,12 +7,15 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 |---|---|
 | `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
 | `retry_started` | `chunks`, `rows` (error rows that are tried again), `replicas`, `pid` |
+| `replica_placed` | `replica` (that has a place on a node and starts there) |
 | `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s`, `machine` |
 | `replica_dead` | `replica`, `reason`, `chunks` (ids that it held) |
-| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase`, of a suspect also `span` |
+| `replica_left` | the same, of one that was told to end or had nothing left to do |
+| `chunk_leased` | `chunk_id`, `epoch`, `attempt`, `replica`, `phase`, `span`, `is_copy` |
+| `chunk_given_up` | `chunk_id`, `epoch`, `replica`, `is_leaving` (or another one was first) |
 | `row_set_aside` | `chunk_id`, `number` (of the row in what was leased), `deaths` |
 | `chunk_committed` | `chunk_id`, `epoch`, `replica`, `rows_ok`, `rows_error`, `generated_tokens` |
-| `memory_shortage` | `replica`, `steps` (that ran out of memory), `max_resident` (from then on) |
+| `memory_shortage` | `replica`, `steps` (that ran out of memory), `max_resident` (for some time) |
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
 | `learning_started` | `replica`, `chunks` (how many it learns from) |
 | `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |

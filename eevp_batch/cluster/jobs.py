@@ -25,7 +25,7 @@ from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
-from eevp_batch.cluster.resources import cpus_to_offer, offered, replica_resources
+from eevp_batch.cluster.resources import cpus_to_offer, fleet_size, offered, replica_resources
 from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import ChunkStats
@@ -203,7 +203,7 @@ class _Run:
         return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
 
     def _write_start(self, backlog: Backlog, num_done: int) -> None:
-        facts = {"replicas": self.spec.cluster.replicas, "pid": os.getpid()}
+        facts = {"replicas": self.spec.cluster.max_replicas, "pid": os.getpid()}
         if self.retry is not None:
             rows = backlog.retried_rows
             self.events.write("retry_started", chunks=backlog.num_chunks, rows=rows, **facts)
@@ -231,7 +231,8 @@ class _Run:
         before: ChunkStats,
     ) -> Coordinator:
         """Run the coordinator on a fleet that ends with it."""
-        resources = replica_resources(self.spec.cluster, offered())
+        cluster, nodes = self.spec.cluster, offered()
+        resources = replica_resources(cluster, nodes)
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
@@ -239,7 +240,7 @@ class _Run:
         fleet = Fleet(
             # Of this run alone: replicas of a driver that was killed may still be ending.
             namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",
-            size=self.spec.cluster.replicas,
+            size=fleet_size(cluster, nodes, resources),
             resources=resources,
             arguments=(build, self.spec, small_plan, self.store.text),
             stderr_tail=local.tail,
@@ -280,7 +281,7 @@ class _Run:
     ) -> JobResult:
         run_info = {
             "eevp_batch": __version__,
-            "replicas": self.spec.cluster.replicas,
+            "replicas": self.spec.cluster.max_replicas,
             "chunks_before": chunks_before,
             "working_s": round(working_s, 3),
             **asdict(recoveries),

@@ -1,8 +1,10 @@
 """Who works on which chunk: pending, leased with an epoch, or committed. No Ray, no clock.
 
 A chunk is in exactly one of the three states. Each lease of the table carries an epoch of its own,
-larger than every earlier one; an attempt counts only while its lease is the current one of its
-chunk, so an attempt of a replica that was given up (a zombie) is told apart by its epoch alone.
+larger than every earlier one; an attempt counts only while its lease is a current one of its chunk,
+so an attempt of a replica that was given up (a zombie) is told apart by its epoch alone. A chunk
+has one current lease, or two while a replica that had nothing else to do runs a *copy* of it
+(`stragglers`): the first of them to be committed ends both.
 
 A chunk that was on several replicas that died is a *suspect*: it is leased alone, to a replica that
 holds nothing else, so that the next death says something about it (`bisection`).
@@ -30,10 +32,11 @@ class Lease:
 
     Attributes:
         epoch: 1.. and unique over all leases of the table.
-        attempt_no: 1 for the first attempt at the chunk in this run.
+        attempt_no: 1 for the first attempt at the chunk in this run, copies counted.
         replica: name of the replica that holds it.
         phase: how the attempt is to be made.
         is_alone: whether the chunk is a suspect, and the replica holds nothing else.
+        is_copy: whether another replica held the chunk already.
     """
 
     chunk_id: int
@@ -42,6 +45,7 @@ class Lease:
     replica: str
     phase: Phase = "exits"
     is_alone: bool = False
+    is_copy: bool = False
 
 
 class LeaseTable:
@@ -59,7 +63,7 @@ class LeaseTable:
         self._suspects: list[int] = []
         self._reserved: set[str] = set()
         self._phases: dict[int, Phase] = {}
-        self._leased: dict[int, Lease] = {}
+        self._leased: dict[int, list[Lease]] = {}
         self._held: dict[str, dict[int, Lease]] = {}
         self._deaths: dict[int, int] = {}
         self._next_epoch = 1
@@ -110,35 +114,63 @@ class LeaseTable:
         return replica in self._reserved
 
     def _grant(self, chunk_id: int, replica: str, phase: Phase, *, is_alone: bool) -> Lease:
+        current = self._leased.setdefault(chunk_id, [])
         lease = Lease(
             chunk_id=chunk_id,
             epoch=self._next_epoch,
-            attempt_no=1 + self.deaths(chunk_id),
+            attempt_no=1 + self.deaths(chunk_id) + len(current),
             replica=replica,
             phase=self._phases.get(chunk_id, phase),
             is_alone=is_alone,
+            is_copy=bool(current),
         )
         self._next_epoch += 1
-        self._leased[chunk_id] = lease
+        current.append(lease)
         self._held.setdefault(replica, {})[chunk_id] = lease
         return lease
 
+    def can_copy(self, lease: Lease) -> bool:
+        """Whether a second replica may do the chunk as well: nobody does yet, and it is no suspect.
+
+        What kills has to be seen to kill alone.
+        """
+        is_suspect = self.deaths(lease.chunk_id) >= SUSPECT_AFTER
+        return self._leased.get(lease.chunk_id) == [lease] and not is_suspect
+
+    def copy(self, lease: Lease, replica: str) -> Lease:
+        """Lease a chunk that may be copied to a second replica, which holds nothing, as well."""
+        return self._grant(lease.chunk_id, replica, lease.phase, is_alone=False)
+
+    def rivals(self, lease: Lease) -> list[Lease]:
+        """The other current leases of the chunk."""
+        return [other for other in self._leased.get(lease.chunk_id, []) if other != lease]
+
+    def is_current(self, lease: Lease) -> bool:
+        """Whether an attempt under the lease still counts."""
+        return lease in self._leased.get(lease.chunk_id, [])
+
     def current_epoch(self, chunk_id: int) -> int | None:
-        """Epoch of the chunk's lease; None while it is not leased."""
-        lease = self._leased.get(chunk_id)
-        return lease.epoch if lease else None
+        """Epoch of the chunk's oldest lease; None while it is not leased."""
+        leases = self._leased.get(chunk_id)
+        return leases[0].epoch if leases else None
+
+    def num_held(self, replica: str) -> int:
+        """How many leases `replica` holds."""
+        return len(self._held.get(replica, ()))
 
     def leases_of(self, replica: str) -> list[Lease]:
         """What `replica` holds, oldest first."""
         return list(self._held.get(replica, {}).values())
 
     def commit(self, lease: Lease) -> None:
-        """Settle a lease whose attempt is committed.
+        """Settle a lease whose attempt is committed; a rival ends with it.
 
         Raises:
-            StaleAttemptError: the lease is not the current one of its chunk.
+            StaleAttemptError: the lease is not a current one of its chunk.
         """
-        self._end(lease)
+        rivals = self.rivals(lease)
+        for ended in (lease, *rivals):
+            self._end(ended)
         self._deaths.pop(lease.chunk_id, None)
         self._phases.pop(lease.chunk_id, None)
         self.num_committed += 1
@@ -147,7 +179,7 @@ class LeaseTable:
         """End a suspect's lease that gave a piece of it; the other pieces get the same phase.
 
         Raises:
-            StaleAttemptError: the lease is not the current one of its chunk.
+            StaleAttemptError: the lease is not a current one of its chunk.
         """
         self._end(lease)
         self._phases[lease.chunk_id] = lease.phase
@@ -158,19 +190,42 @@ class LeaseTable:
         leases = list(self._held.pop(replica, {}).values())
         self._reserved.discard(replica)
         for lease in leases:
-            del self._leased[lease.chunk_id]
-            deaths = self._deaths[lease.chunk_id] = self.deaths(lease.chunk_id) + 1
-            is_suspect = deaths >= SUSPECT_AFTER
-            heapq.heappush(self._suspects if is_suspect else self._returned, lease.chunk_id)
+            self._deaths[lease.chunk_id] = self.deaths(lease.chunk_id) + 1
+            self._return(lease)
         return leases
 
+    def give_back(self, lease: Lease) -> bool:
+        """Take back one lease of a replica that lives; nothing is held against its chunk.
+
+        Returns:
+            Whether the lease was a current one.
+        """
+        if not self.is_current(lease):
+            return False
+        del self._held[lease.replica][lease.chunk_id]
+        self._return(lease)
+        return True
+
+    def _return(self, lease: Lease) -> None:
+        """End a lease; its chunk is pending unless another replica has a copy."""
+        current = self._leased[lease.chunk_id]
+        current.remove(lease)
+        if current:
+            return
+        del self._leased[lease.chunk_id]
+        is_suspect = self.deaths(lease.chunk_id) >= SUSPECT_AFTER
+        heapq.heappush(self._suspects if is_suspect else self._returned, lease.chunk_id)
+
     def _end(self, lease: Lease) -> None:
-        if self._leased.get(lease.chunk_id) != lease:
+        if not self.is_current(lease):
             raise StaleAttemptError(
                 f"chunk {lease.chunk_id:05d}: the attempt of epoch {lease.epoch} "
                 f"({lease.replica}) is stale; current: {self.current_epoch(lease.chunk_id)}"
             )
-        del self._leased[lease.chunk_id], self._held[lease.replica][lease.chunk_id]
+        self._leased[lease.chunk_id].remove(lease)
+        if not self._leased[lease.chunk_id]:
+            del self._leased[lease.chunk_id]
+        del self._held[lease.replica][lease.chunk_id]
 
     def deaths(self, chunk_id: int) -> int:
         """How many replicas died in this run while they held the chunk."""

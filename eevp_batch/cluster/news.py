@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,18 @@ def memory_shortage(replica: str, before: LoopProgress, heard: LoopProgress) -> 
     if steps <= 0:
         return None
     text = (
-        f"{replica} ran out of memory in {steps} step(s); their rows start again, and it holds at "
-        f"most {heard.max_resident} at a time from now on"
+        f"{replica} ran out of memory in {steps} step(s); their rows start again, and for some "
+        f"time it holds at most {heard.max_resident}"
     )
     fields = {"replica": replica, "steps": steps, "max_resident": heard.max_resident}
     return News("memory_shortage", text, fields)
+
+
+def left(replica: str, reason: str, given_back: Sequence[Lease]) -> News:
+    """A replica has left, for it was told to, or for there was nothing left to do for it."""
+    chunks = [lease.chunk_id for lease in given_back]
+    text = f"{replica} left; {len(chunks)} chunks go back: {reason}"
+    return News("replica_left", text, {"replica": replica, "reason": reason, "chunks": chunks})
 
 
 def ready_fields(slot: Slot, ready: ReplicaReady) -> dict[str, Any]:
@@ -80,4 +88,6 @@ def lease_fields(lease: Lease, span: Span | None) -> dict[str, Any]:
         "replica": lease.replica,
         "phase": lease.phase,
     }
+    if lease.is_copy:
+        fields["is_copy"] = True
     return fields if span is None else {**fields, "span": span}

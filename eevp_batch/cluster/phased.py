@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from eevp_batch.cluster.engine_loop import RowEngine, row_failure
+from eevp_batch.cluster.chunk_work import row_failure
+from eevp_batch.cluster.engine_loop import RowEngine
 from eevp_batch.errors import RowError
 from eevp_batch.records import Generation, Phase, Prompt, RowFailure
 
@@ -77,6 +78,12 @@ class PhasedEngine:
         if self._engine is None or self._engine.is_idle:
             return refused
         return [*refused, *self._engine.step()]
+
+    def give_up(self, tag: int) -> int:
+        """Drop the prompts with this tag; how many there were."""
+        kept = [prompt for prompt in self._waiting if prompt.tag != tag]
+        num_waiting, self._waiting = len(self._waiting) - len(kept), kept
+        return num_waiting + (0 if self._engine is None else self._engine.give_up(tag))
 
     def release(self) -> None:
         """Give the engine up, which has to be idle; it is made again when needed."""

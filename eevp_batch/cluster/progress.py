@@ -54,13 +54,19 @@ class Recoveries:
     """What went wrong in a run and was put right; they merge by `+`.
 
     Attributes:
-        chunks_returned: leases that went back because their replica died.
+        replicas_left: replicas that gave their chunks back because they were told to end.
+        chunks_returned: leases that went back because their replica died or left.
+        chunks_copied: leases to a second replica, of the last chunks.
+        copies_first: chunks whose copy was committed.
         rows_set_aside: rows that kill replicas and became error rows.
         memory_shortages: steps that ran out of memory, and were done again with fewer rows.
     """
 
     replica_deaths: int = 0
+    replicas_left: int = 0
     chunks_returned: int = 0
+    chunks_copied: int = 0
+    copies_first: int = 0
     attempts_discarded: int = 0
     rows_set_aside: int = 0
     memory_shortages: int = 0
@@ -68,7 +74,10 @@ class Recoveries:
     def __add__(self, other: Recoveries) -> Recoveries:
         return Recoveries(
             replica_deaths=self.replica_deaths + other.replica_deaths,
+            replicas_left=self.replicas_left + other.replicas_left,
             chunks_returned=self.chunks_returned + other.chunks_returned,
+            chunks_copied=self.chunks_copied + other.chunks_copied,
+            copies_first=self.copies_first + other.copies_first,
             attempts_discarded=self.attempts_discarded + other.attempts_discarded,
             rows_set_aside=self.rows_set_aside + other.rows_set_aside,
             memory_shortages=self.memory_shortages + other.memory_shortages,
@@ -168,7 +177,9 @@ class Meter:
             storage_s: seconds that it has spent on storage.
             facts: the attributes of `Progress` that no meter knows.
         """
-        rows_done, elapsed_s = self.rows_settled + open_rows, now_s - self.started_s
+        # A chunk that is called off is heard of a moment later.
+        rows_done = min(self._rows_total, self.rows_settled + open_rows)
+        elapsed_s = now_s - self.started_s
         return Progress(
             rows_total=self._rows_total,
             rows_done=rows_done,

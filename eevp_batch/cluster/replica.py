@@ -14,25 +14,19 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from eevp_batch.cluster.backlog import ChunkTask
-from eevp_batch.cluster.engine_loop import (
-    Build,
-    ChunkWork,
-    EngineLoop,
-    LoopProgress,
-    RowEncoder,
-    RowEngine,
-    row_failure,
-)
+from eevp_batch.cluster.chunk_work import ChunkWork, row_failure
+from eevp_batch.cluster.engine_loop import Build, EngineLoop, LoopProgress, RowEncoder, RowEngine
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.machine import describe_machine
 from eevp_batch.cluster.selection import Selection, select_rows, take_rows
+from eevp_batch.cluster.sigterm import on_sigterm
 from eevp_batch.cluster.watchdog import watch
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
 from eevp_batch.records import Phase, Prompt, RowFailure
@@ -65,6 +59,18 @@ class ReplicaReady:
     machine: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """What becomes of a lease for which there will be no attempt.
+
+    Attributes:
+        is_leaving: whether that is because the replica's process was told to end, or because the
+            lease was called off.
+    """
+
+    is_leaving: bool
+
+
 class Replica:
     """Makes attempts at chunks, several at a time, with one engine.
 
@@ -82,15 +88,21 @@ class Replica:
         self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="eevp-io")
         self._started_s = time.monotonic()
         self._loop = EngineLoop(build)
+        self._epochs: set[int] = set()  # of the leases that are here
+        self._called_off: set[int] = set()
+        self._is_leaving = False
+        self._events: asyncio.AbstractEventLoop  # set by `ready`
         watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
-        """Wait until the engine is built.
+        """Wait until the engine is built; from now on, SIGTERM makes the replica leave.
 
         Raises:
             EevpError: what the package itself has to say against the job; starting again is no use.
             RuntimeError: the engine could not be built for a reason that may pass.
         """
+        self._events = asyncio.get_running_loop()
+        on_sigterm(self._told_to_end)
         try:
             engine, _ = await asyncio.wrap_future(self._loop.built)
         except EevpError as error:
@@ -105,16 +117,40 @@ class Replica:
             machine=describe_machine(),
         )
 
-    async def process(self, lease: Lease, task: ChunkTask) -> Attempt:
+    async def process(self, lease: Lease, task: ChunkTask) -> Attempt | GivenUp:
         """Generate for a chunk's rows and write the attempt; overlaps with other leases.
 
         Raises:
             JobFailedError: an exception that belongs to no row.
         """
+        if self._is_leaving:
+            return GivenUp(is_leaving=True)
+        self._epochs.add(lease.epoch)
         try:
             return await self._process(lease, task)
+        except asyncio.CancelledError:
+            return GivenUp(self._is_leaving)
         except Exception as error:
             raise _told(error, f"{self._name}, chunk {lease.chunk_id:05d}") from error
+        finally:
+            self._epochs.discard(lease.epoch)
+            self._called_off.discard(lease.epoch)
+
+    async def call_off(self, epoch: int) -> None:
+        """Drop the lease of this epoch, unless its rows are generated already."""
+        if epoch in self._epochs:
+            self._called_off.add(epoch)
+            self._loop.call_off(epoch)
+
+    async def leave(self) -> None:
+        """Give all leases back and take no more; what is generated already is still written."""
+        self._is_leaving = True
+        for epoch in tuple(self._epochs):
+            await self.call_off(epoch)
+
+    def _told_to_end(self) -> None:
+        """The process got SIGTERM; in a thread of its own."""
+        asyncio.run_coroutine_threadsafe(self.leave(), self._events)
 
     async def learn(self, order: LearnOrder) -> LearnAttempt:
         """Learn exits from what is committed, once the chunks that are here are finished.
@@ -135,13 +171,15 @@ class Replica:
 
     async def progress(self) -> LoopProgress:
         """Counters of the engine, and what it is doing."""
-        return self._loop.progress()
+        return replace(self._loop.progress(), is_leaving=self._is_leaving)
 
     async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:
         started_unix_s = time.time()
         _, encoder = await asyncio.wrap_future(self._loop.built)
         run = asyncio.get_running_loop().run_in_executor
         loaded = await run(self._io, self._load, lease, task, encoder)
+        if lease.epoch in self._called_off:
+            raise asyncio.CancelledError
         result = await asyncio.wrap_future(self._loop.submit(loaded.work))
         return await run(
             self._io,

@@ -57,6 +57,7 @@ def describe(
         held: leases of a replica, by its name.
         resources: what each replica asks of Ray.
     """
+    slots = [slot for slot in slots if not slot.is_empty or slot.deaths_in_a_row]
     lines = [_line(slot, list(held(slot.name)), resources) for slot in slots[:_NAMED]]
     if len(slots) > _NAMED:
         lines.append(f"  and {len(slots) - _NAMED} more")
@@ -64,14 +65,13 @@ def describe(
 
 
 def _line(slot: Slot, leases: list[Lease], resources: Resources) -> str:
-    if slot.handle is None:
+    if slot.is_empty:
         does = f"died {slot.deaths_in_a_row} times in a row and waits for its next start"
     elif slot.progress.doing:
         does = slot.progress.doing
+    elif slot.handle is None:
+        does = f"has no place: Ray has no node with {resources} to spare"
     else:
-        does = (
-            f"has not come up: Ray has no node with {resources} to spare, or is still starting its "
-            "process"
-        )
+        does = "has not come up: Ray is still starting its process"
     chunks = ", ".join(f"{lease.chunk_id:05d}" for lease in leases)
     return f"  {slot.name}{f' with chunk {chunks}' if chunks else ''}: {does}"

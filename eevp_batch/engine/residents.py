@@ -25,6 +25,8 @@ from eevp_batch.errors import PromptTooLongError, RowTooLargeError
 EXPECT_AFTER = 32
 """Finished generations after which their mean length tells how much memory the next will need."""
 EXPECT_MARGIN = 1.5
+GROW_AFTER = 256
+"""Steps without a shortage of memory after which a batch that was halved may double again."""
 
 
 class Watch(Protocol):
@@ -72,6 +74,8 @@ class Residents:
         self.max_resident = limits.max_resident
         self._step_tokens = limits.step_tokens
         self._entering = 0  # prompt tokens that wait for the first segment
+        self._limits = limits
+        self._calm_steps, self._grow_after, self._has_grown = 0, GROW_AFTER, False
         self._by_seat: dict[int, Sequence] = {}  # the last admitted one last
 
     @property
@@ -85,7 +89,10 @@ class Residents:
         Prompts come in a few at a time, so that the next run of the first segment has `step_tokens`
         rows: more would hold up those who are generating already and make a row no cheaper.
         """
+        self._recover()
         refused: list[tuple[Sequence, PromptTooLongError]] = []
+        if not self._queues.lengths[0]:  # those that came in may have started again or be given up
+            self._entering = 0
         while self.arrivals and self._entering + self._queues.lengths[0] < self._step_tokens:
             sequence = self.arrivals[0]
             if not self.pool.can_ever_hold(sequence):
@@ -117,6 +124,7 @@ class Residents:
         Returns:
             Those of the batch that are still resident.
         """
+        self._calm_steps += 1
         for sequence in sequences:
             while sequence.seat >= 0 and not self.pool.grow(sequence):
                 if not self.prefixes.evict():
@@ -126,7 +134,7 @@ class Residents:
     def make_do(
         self, sequences: list[Sequence], cost: int
     ) -> list[tuple[Sequence, RowTooLargeError]]:
-        """Go on after memory ran out in a run, with half as much at a time from now on.
+        """Go on after memory ran out in a run, with half as much at a time for some time.
 
         The batch starts again, for nobody knows how far the run got; who starts again comes out the
         same. A sequence that ran alone is tried once more; those are returned that ran alone twice.
@@ -136,6 +144,8 @@ class Residents:
             cost: packed tokens that it brought.
         """
         self._stats.shortages += 1
+        self._grow_after *= 2 if self._has_grown else 1
+        self._calm_steps, self._has_grown = 0, False
         release_cached(self.pool.device)
         if len(sequences) == 1:
             (sequence,) = sequences
@@ -156,6 +166,18 @@ class Residents:
         for sequence in reversed(sequences):
             self._restart(sequence)
         return []
+
+    def give_up(self, tag: int) -> int:
+        """Drop the sequences with this tag, resident or not; how many there were."""
+        resident = [s for s in self._by_seat.values() if s.prompt.tag == tag]
+        for sequence in resident:
+            self._queues.remove(sequence)
+            self.leave(sequence)
+            self._discount(sequence)
+        waiting = [s for s in self.arrivals if s.prompt.tag == tag]
+        for sequence in waiting:
+            self.arrivals.remove(sequence)
+        return len(resident) + len(waiting)
 
     def leave(self, sequence: Sequence) -> None:
         """Take back what a resident sequence holds."""
@@ -224,6 +246,29 @@ class Residents:
         """Send a resident sequence back to its prompt and to the head of the arrivals."""
         self._queues.remove(sequence)
         self.leave(sequence)
-        self._stats.discount(sequence.exits[: len(sequence.exits) - sequence.num_drafts])
+        self._discount(sequence)
+        self._stats.restarts += 1
         sequence.restart()
         self.arrivals.appendleft(sequence)
+
+    def _recover(self) -> None:
+        """Allow twice as much at a time, some time after memory ran out, until all is as before.
+
+        It takes twice as many steps each time that this turns out too early, so that a memory that
+        stays short costs ever less.
+        """
+        queues, limits = self._queues, self._limits
+        now = (queues.max_batch, queues.max_tokens, self.max_resident)
+        is_whole = now == (limits.max_batch, limits.max_tokens, limits.max_resident)
+        if is_whole or self._calm_steps < self._grow_after:
+            return
+        self._calm_steps, self._has_grown = 0, True
+        queues.max_batch = min(limits.max_batch, 2 * queues.max_batch)
+        queues.full_batch = min(limits.full_batch, queues.max_batch)
+        queues.max_tokens = min(limits.max_tokens, 2 * queues.max_tokens)
+        self._step_tokens = min(limits.step_tokens, queues.max_tokens)
+        self.max_resident = min(limits.max_resident, 2 * self.max_resident)
+
+    def _discount(self, sequence: Sequence) -> None:
+        """Count the tokens of a sequence that is not finished out again."""
+        self._stats.discount(sequence.exits[: len(sequence.exits) - sequence.num_drafts])

@@ -44,9 +44,8 @@ class EngineStats:
             self.rejected_drafts[settled.rejected.exit_layer] += 1
 
     def discount(self, exits: list[TokenExit]) -> None:
-        """Take tokens back that stood, of a sequence that starts again and gives them once more."""
+        """Take tokens back that stood, of a sequence that starts again or is given up."""
         self.exit_histogram.subtract(exit.exit_layer for exit in exits)
-        self.restarts += 1
 
     @property
     def tokens(self) -> int:

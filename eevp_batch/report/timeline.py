@@ -163,7 +163,9 @@ class _Reader:
         run.stop_s = self._at_s
         name = str(event.get("replica", ""))
         replica = self._replicas.setdefault(name, _Replica()) if name else _Replica()
-        if kind == "replica_ready":
+        if kind == "replica_placed":
+            replica.turn("starting", self._at_s)
+        elif kind == "replica_ready":
             self._ready(run, replica, event.get("machine"))
         elif kind == "replica_dead":
             self._dead(name, replica, event)
@@ -172,8 +174,10 @@ class _Reader:
             self._leased_s[name, event["chunk_id"]] = self._at_s
             if replica.state != "learning":
                 replica.turn("busy", self._at_s)
-        elif kind in ("chunk_committed", "attempt_discarded"):
+        elif kind in ("chunk_committed", "attempt_discarded", "chunk_given_up"):
             self._ended(run, name, replica, event)
+        elif kind == "replica_left":
+            self._gone(name, replica, None)
         elif kind == "learning_started":
             replica.turn("learning", self._at_s)
         elif kind in ("exits_learned", "learning_failed"):
@@ -214,10 +218,13 @@ class _Reader:
             chunks = len(replica.in_flight)
             reason = str(event.get("reason", ""))
             self.found.deaths.append(Death(self._at_s, name, reason, chunks))
+        self._gone(name, replica, "dead")
+
+    def _gone(self, name: str, replica: _Replica, state: State | None) -> None:
         for chunk_id in replica.in_flight:
             self._leased_s.pop((name, chunk_id), None)
         replica.in_flight.clear()
-        replica.turn("dead", self._at_s)
+        replica.turn(state, self._at_s)
 
     def _ended(self, run: Run, name: str, replica: _Replica, event: Mapping[str, Any]) -> None:
         replica.in_flight.discard(event["chunk_id"])
@@ -227,7 +234,7 @@ class _Reader:
             self.found.tokens.add(leased_s, self._at_s, event.get("generated_tokens", 0))
             rows = event.get("rows_ok", 0) + event.get("rows_error", 0)
             self.found.rows.add(self._at_s, self._at_s, rows)
-        else:
+        elif event["event"] == "attempt_discarded":
             self.found.discarded += 1
         if replica.state == "busy":
             self._settle(replica)

@@ -102,6 +102,7 @@ def make_job(
     replicas: int = 2,
     out: str = "out",
     run: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
     n: int = 1,
     keep: Sequence[str] = (),
 ) -> Job:
@@ -118,7 +119,7 @@ def make_job(
             "input": {"path": str(source), "keep_columns": list(keep)},
             "model": {"path": "scripted"},
             "sampling": {"n": n},
-            "cluster": {"replicas": replicas, "cpus_per_replica": 1.0},
+            "cluster": {"replicas": replicas, "cpus_per_replica": 1.0, **(cluster or {})},
             "run": {"chunk_rows": chunk_rows, **(run or {})},
             "output": {"path": str(folder / out)},
         }

@@ -41,6 +41,7 @@ class Script:
         hanging: rows with which a step never returns.
         unreadable: whether no chunk's rows are ever read.
         shortages: how often the engine says that memory ran out.
+        slow_s: seconds that a step takes of the engine that creates `once`.
         once: a file; killing and hanging happen only to the one that creates it.
         unbuildable: `error`, `bug` or `kill`: how the engine cannot be built.
         counting: a folder; each engine that is built leaves a file there.
@@ -56,6 +57,7 @@ class Script:
     hanging: frozenset[RowId] = frozenset()
     unreadable: bool = False
     shortages: int = 0
+    slow_s: float | None = None
     once: str | None = None
     unbuildable: str | None = None
     counting: str | None = None
@@ -91,6 +93,8 @@ class ScriptedEngine:
         self.stats = ScriptedStats(shortages=script.shortages)
         self.resident: deque[tuple[Prompt, list[TokenExit], int]] = deque()
         self.most_resident = 0
+        is_slow = script.slow_s is not None and self._is_first()
+        self.step_s = (script.slow_s or 0.0) if is_slow else script.step_s
 
     @property
     def max_resident(self) -> int:
@@ -115,8 +119,8 @@ class ScriptedEngine:
         self.most_resident = max(self.most_resident, len(self.resident))
 
     def step(self) -> list[Generation | RowFailure]:
-        if self.script.step_s:
-            time.sleep(self.script.step_s)
+        if self.step_s:
+            time.sleep(self.step_s)
         finished: list[Generation | RowFailure] = []
         for _ in range(len(self.resident)):
             prompt, exits, done = self.resident.popleft()
@@ -128,6 +132,11 @@ class ScriptedEngine:
             else:
                 finished.append(self._result(prompt, exits))
         return finished
+
+    def give_up(self, tag: int) -> int:
+        kept = [entry for entry in self.resident if entry[0].tag != tag]
+        num_dropped, self.resident = len(self.resident) - len(kept), deque(kept)
+        return num_dropped
 
     def _result(self, prompt: Prompt, exits: list[TokenExit]) -> Generation | RowFailure:
         if prompt.row_id in self.script.failing:

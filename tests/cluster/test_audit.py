@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from eevp_batch.cluster.audit import AuditedEngine, is_audited
-from eevp_batch.cluster.engine_loop import ChunkResult, ChunkWork, EngineLoop, RowEngine
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork
+from eevp_batch.cluster.engine_loop import EngineLoop, RowEngine
 from eevp_batch.cluster.phased import PhasedEngine
 from eevp_batch.errors import PromptTooLongError
 from eevp_batch.records import Generation, Phase, Prompt, RowId, TokenExit
@@ -41,6 +42,11 @@ class WholeEngine(ScriptedEngine):
         while self.arrivals and self.has_room:
             super().add(self.arrivals.pop())
         return list(super().step())
+
+    def give_up(self, tag: int) -> int:
+        kept = [prompt for prompt in self.arrivals if prompt.tag != tag]
+        num_waiting, self.arrivals = len(self.arrivals) - len(kept), kept
+        return num_waiting + super().give_up(tag)
 
     def _result(self, prompt: Prompt, exits: list[TokenExit]) -> object:  # type: ignore[override]
         if prompt.row_id in self.different:
@@ -141,3 +147,31 @@ def test_a_prompt_that_the_new_engine_refuses_fails_alone() -> None:
     _, result = run(engine, [work(1, range(5)), work(2, range(5, 9), phase="full")])
     assert [failure.row_id for failure in result.failures] == [5]
     assert {g.row_id for g in result.generations if isinstance(g, Generation)} == {6, 7, 8}
+
+
+@pytest.mark.parametrize("num_steps", [0, 3, 12, 20])
+def test_what_is_given_up_is_forgotten_with_its_audits(num_steps: int) -> None:
+    whole = WholeEngine(Script(max_resident=2))
+    engine = AuditedEngine(ScriptedEngine(Script(max_resident=64)), whole, 0, 1.0)
+    for tag in (1, 2):
+        for row in range(8):
+            engine.add(Prompt(row, [1, 2], 0, tag))
+    found = [result for _ in range(num_steps) for result in engine.step()]
+    num_open = 8 - sum(result.tag == 1 for result in found)
+    assert engine.give_up(1) == num_open and engine.give_up(1) == 0
+    while not engine.is_idle:
+        found += engine.step()
+    assert Counter(result.tag for result in found) == Counter({1: 8 - num_open, 2: 8})
+    assert all(isinstance(r, Generation) and r.audit is not None for r in found if r.tag == 2)
+
+
+def test_prompts_that_wait_for_another_phase_can_be_given_up() -> None:
+    engine = PhasedEngine(lambda phase: ScriptedEngine(Script(max_resident=9)), "exits")
+    for tag, phase in ((1, "exits"), (2, "full"), (3, "full")):
+        for row in range(3):
+            engine.add(Prompt(row, [1, 2], 0, tag, phase))
+    assert [engine.give_up(tag) for tag in (1, 2, 7)] == [3, 3, 0]
+    found = []
+    while not engine.is_idle:
+        found += engine.step()
+    assert sorted((result.row_id, result.tag) for result in found) == [(0, 3), (1, 3), (2, 3)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 import pytest
 
-from eevp_batch.cluster.engine_loop import ChunkResult, ChunkWork, EngineLoop
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork
+from eevp_batch.cluster.engine_loop import EngineLoop
 from eevp_batch.cluster.replica import encode_rows
 from eevp_batch.errors import EmptyPromptError, EngineError, EngineStalledError, PromptTooLongError
 from eevp_batch.records import Generation, Prompt, RowFailure
@@ -152,3 +155,37 @@ def test_rows_are_encoded_once_for_all_samples() -> None:
     assert [(p.row_id, p.sample_index, p.tag) for p in prompts] == [("a", s, 9) for s in range(3)]
     assert all(p.token_ids == [120, 121] for p in prompts)
     assert [(f.row_id, f.error_class) for f in failures] == [("b", EmptyPromptError.__name__)]
+
+
+def test_a_chunk_that_is_called_off_leaves_nothing_and_harms_nobody() -> None:
+    engine = ScriptedEngine(Script(max_resident=3, step_s=0.01))
+    with running(engine) as loop:
+        loop.built.result(TIMEOUT_S)
+        futures = {
+            key: loop.submit(work(key, range(100 * key, 100 * key + 20))) for key in range(1, 4)
+        }
+        loop.call_off(2)
+        loop.call_off(99)  # nobody has it
+        for key in (1, 3):
+            assert keys(futures[key].result(TIMEOUT_S)).keys() == {
+                (row, 0) for row in range(100 * key, 100 * key + 20)
+            }
+        with pytest.raises(CancelledError):
+            futures[2].result(TIMEOUT_S)
+        loop.call_off(1)  # it is finished
+        again = loop.submit(work(4, range(5))).result(TIMEOUT_S)
+        assert len(again.generations) == 5, "the loop goes on"
+    assert engine.is_idle and loop.progress().finished_rows == 45, "its finished rows do not count"
+
+
+def test_a_chunk_that_fills_the_engine_can_be_called_off() -> None:
+    engine = ScriptedEngine(Script(max_resident=8, step_s=0.05))
+    with running(engine) as loop:
+        future = loop.submit(work(1, range(8)))
+        while not engine.resident:
+            time.sleep(0.001)
+        loop.call_off(1)
+        with pytest.raises(CancelledError):
+            future.result(TIMEOUT_S)
+        assert engine.is_idle
+        assert len(loop.submit(work(2, range(8, 12))).result(TIMEOUT_S).generations) == 4

@@ -113,13 +113,13 @@ def test_a_replica_that_ray_cannot_start_is_named(shared_ray: LocalRay, tmp_path
 
     actor = ray.remote(Squatter).options(num_cpus=4, max_restarts=0, max_task_retries=0).remote()
     assert ray.get(actor.here.remote())
-    job = make_job(tmp_path, replicas=1)
+    job = make_job(tmp_path, replicas=1, cluster={"placement_timeout_s": 3.0})
     try:
-        with pytest.raises(JobFailedError, match="eevp-replica-0: has not come up") as found:
-            job.run(Script(), no_progress_timeout_s=2.0)
+        with pytest.raises(JobFailedError, match="a place for 0 of the 1 replicas") as found:
+            job.run(Script(), no_progress_timeout_s=1.0)  # which counts once there is a place
     finally:
         ray.kill(actor)
-    assert "1 CPUs and 0 GPUs" in str(found.value)
+    assert "each 1 CPUs and 0 GPUs on one node; free on its nodes: 0 CPUs" in str(found.value)
 
 
 @pytest.mark.ray
@@ -147,19 +147,21 @@ def test_what_moves_is_not_stuck_and_a_pause_is_not_a_stall() -> None:
 
 
 def test_every_replica_says_what_it_does() -> None:
-    slots = [Slot(index, starts=1) for index in range(10)]
+    slots = [Slot(index, starts=1, place=object()) for index in range(11)]
     slots[1].handle, slots[2].handle = object(), object()
+    slots[0].place = slots[4].place = None
     slots[2].progress = replace(slots[2].progress, doing="runs a step, for 700 s")
     slots[0].deaths_in_a_row = 3
     lease = Lease(7, 1, 1, "eevp-replica-2")
     held = {"eevp-replica-2": [lease]}
     found = describe(slots, lambda name: held.get(name, []), Resources(2, 1)).splitlines()
-    assert found[:3] == [
+    assert found[:4] == [
         "  eevp-replica-0: died 3 times in a row and waits for its next start",
-        "  eevp-replica-1: has not come up: Ray has no node with 2 CPUs and 1 GPUs to spare, or is "
-        "still starting its process",
+        "  eevp-replica-1: has not come up: Ray is still starting its process",
         "  eevp-replica-2 with chunk 00007: runs a step, for 700 s",
+        "  eevp-replica-3: has no place: Ray has no node with 2 CPUs and 1 GPUs to spare",
     ]
+    assert "eevp-replica-4" not in "".join(found), "nobody is to be there"
     assert found[-1] == "  and 2 more", "a hundred replicas do not fill the screen"
 
 

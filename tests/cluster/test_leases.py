@@ -23,13 +23,13 @@ PHASES: list[Phase] = ["full", "exits"]
 
 
 class LeaseWalk(RuleBasedStateMachine):
-    """Replicas lease, finish, die, and come back as zombies, in any order."""
+    """Replicas lease, copy, finish, give back, die and come back as zombies, in any order."""
 
     @initialize(num_chunks=st.integers(0, 12))
     def start(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
         self.table = LeaseTable(iter(range(num_chunks)), num_chunks)
-        self.live: dict[int, Lease] = {}
+        self.live: list[Lease] = []
         self.stale: list[Lease] = []
         self.committed: list[int] = []
         self.deaths = dict.fromkeys(range(num_chunks), 0)
@@ -38,10 +38,11 @@ class LeaseWalk(RuleBasedStateMachine):
 
     @rule(replica=st.sampled_from(REPLICAS), phase=st.sampled_from(PHASES))
     def lease(self, replica: str, phase: Phase) -> None:
-        pending = set(range(self.num_chunks)) - set(self.live) - set(self.committed)
+        leased = {lease.chunk_id for lease in self.live}
+        pending = set(range(self.num_chunks)) - leased - set(self.committed)
         lease = self.table.lease(replica, phase)
         suspects = {chunk_id for chunk_id in pending if self.deaths[chunk_id] >= SUSPECT_AFTER}
-        held = [other for other in self.live.values() if other.replica == replica]
+        held = [other for other in self.live if other.replica == replica]
         if lease is None:
             is_kept = any(other.is_alone for other in held) or (suspects and held)
             assert is_kept or not pending, f"chunks {pending} are pending, but none was leased"
@@ -54,36 +55,62 @@ class LeaseWalk(RuleBasedStateMachine):
         assert lease.chunk_id in pending, f"{lease} is of a chunk that was not pending"
         assert lease.epoch > self.last_epoch, f"{lease} has an epoch that is not new"
         assert lease.attempt_no == 1 + self.deaths[lease.chunk_id], f"{lease} is miscounted"
-        assert lease.replica == replica
+        assert lease.replica == replica and not lease.is_copy
         self.last_epoch = lease.epoch
-        self.live[lease.chunk_id] = lease
+        self.live.append(lease)
 
-    @precondition(lambda self: any(lease.is_alone for lease in self.live.values()))
+    @precondition(lambda self: self.live)
+    @rule(replica=st.sampled_from(REPLICAS), data=st.data())
+    def copy(self, replica: str, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.live))
+        of_chunk = [other for other in self.live if other.chunk_id == lease.chunk_id]
+        may_be = len(of_chunk) == 1 and self.deaths[lease.chunk_id] < SUSPECT_AFTER
+        assert self.table.can_copy(lease) == may_be, f"{lease} beside {of_chunk}"
+        if not may_be or any(other.replica == replica for other in self.live):
+            return
+        copy = self.table.copy(lease, replica)
+        assert (copy.chunk_id, copy.phase) == (lease.chunk_id, lease.phase)
+        assert copy.is_copy and not copy.is_alone and copy.epoch > self.last_epoch
+        assert copy.attempt_no == 2 + self.deaths[lease.chunk_id], f"{copy} is miscounted"
+        assert self.table.rivals(lease) == [copy] and self.table.rivals(copy) == [lease]
+        self.last_epoch = copy.epoch
+        self.live.append(copy)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.live))
+        assert self.table.give_back(lease) and not self.table.give_back(lease)
+        self.live.remove(lease)
+        self.stale.append(lease)
+
+    @precondition(lambda self: any(lease.is_alone for lease in self.live))
     @rule(data=st.data())
     def piece(self, data: st.DataObject) -> None:
-        alone = [lease for lease in self.live.values() if lease.is_alone]
+        alone = [lease for lease in self.live if lease.is_alone]
         lease = data.draw(st.sampled_from(alone))
         self.table.put_back(lease)
         self.phases[lease.chunk_id] = lease.phase
-        del self.live[lease.chunk_id]
+        self.live.remove(lease)
         self.stale.append(lease)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        lease = data.draw(st.sampled_from(list(self.live.values())))
+        lease = data.draw(st.sampled_from(self.live))
         self.table.commit(lease)
-        del self.live[lease.chunk_id]
+        ended = [other for other in self.live if other.chunk_id == lease.chunk_id]
+        self.live = [other for other in self.live if other not in ended]
         self.committed.append(lease.chunk_id)
-        self.stale.append(lease)
+        self.stale += ended
 
     @rule(replica=st.sampled_from(REPLICAS))
     def die(self, replica: str) -> None:
         returned = self.table.release(replica)
-        expected = [lease for lease in self.live.values() if lease.replica == replica]
+        expected = [lease for lease in self.live if lease.replica == replica]
         assert returned == expected, "a death gives back what the dead replica held, and only that"
         for lease in returned:
-            del self.live[lease.chunk_id]
+            self.live.remove(lease)
             self.deaths[lease.chunk_id] += 1
             self.stale.append(lease)
 
@@ -91,6 +118,7 @@ class LeaseWalk(RuleBasedStateMachine):
     @rule(data=st.data())
     def zombie_reports(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(self.stale))
+        assert not self.table.is_current(lease) and not self.table.give_back(lease)
         with pytest.raises(StaleAttemptError):
             self.table.commit(lease)
 
@@ -99,16 +127,20 @@ class LeaseWalk(RuleBasedStateMachine):
         table = self.table
         assert len(set(self.committed)) == len(self.committed), "a chunk was committed twice"
         assert table.num_committed == len(self.committed)
-        assert table.num_leased == len(self.live)
-        assert table.num_pending == self.num_chunks - len(self.live) - len(self.committed)
+        by_chunk: dict[int, list[Lease]] = {}
+        for lease in self.live:
+            by_chunk.setdefault(lease.chunk_id, []).append(lease)
+            assert table.is_current(lease)
+        assert all(len(leases) <= 2 for leases in by_chunk.values()), "more than two at a chunk"
+        assert table.num_leased == len(by_chunk)
+        assert table.num_pending == self.num_chunks - len(by_chunk) - len(self.committed)
         assert table.num_unfinished == table.num_pending + table.num_leased
         for chunk_id in range(self.num_chunks):
-            lease = self.live.get(chunk_id)
-            assert table.current_epoch(chunk_id) == (lease.epoch if lease else None)
+            leases = by_chunk.get(chunk_id)
+            assert table.current_epoch(chunk_id) == (leases[0].epoch if leases else None)
+        assert [table.num_held(r) for r in REPLICAS] == [len(table.leases_of(r)) for r in REPLICAS]
         held = [lease for replica in REPLICAS for lease in table.leases_of(replica)]
-        assert sorted(lease.epoch for lease in held) == sorted(
-            lease.epoch for lease in self.live.values()
-        )
+        assert sorted(lease.epoch for lease in held) == [lease.epoch for lease in self.live]
 
     def teardown(self) -> None:
         """Whatever happened, the rest can be finished, each chunk once."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from eevp_batch.cluster.backlog import Backlog
-from eevp_batch.cluster.replica import Replica
+from eevp_batch.cluster.replica import GivenUp, Replica
 from eevp_batch.cluster.selection import select_rows
 from eevp_batch.storage.chunks import read_chunk, table_ids
-from eevp_batch.storage.commit import Committer
+from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.patches import find_patches
 from tests.cluster.jobs import Job, make_job
 from tests.cluster.scripted import Script, exits_of
@@ -119,3 +119,48 @@ def test_retried_rows_have_the_columns_of_the_others(tmp_path: Path) -> None:
     retry(job, Script())
     assert_accounted(job, set(), n=3)
     assert len(pq.read_table(job.out / "data").to_pylist()) == 30, "the folder reads as one table"
+
+
+def test_a_lease_that_is_called_off_gives_no_attempt(tmp_path: Path) -> None:
+    """Whether it is called off before its rows are read, while they run, or too late."""
+    job = make_job(tmp_path, 40, chunk_rows=20)
+    backlog = Backlog(job.plan, range(2), 2, MAX_ATTEMPTS)
+    first, second = (backlog.lease("replica", "exits") for _ in range(2))
+    assert first and second
+
+    async def story(replica: Replica) -> list[object]:
+        slow = [asyncio.create_task(replica.process(*found)) for found in (first, second)]
+        await asyncio.sleep(0)
+        await replica.call_off(first[0].epoch)
+        found: list[object] = [await slow[0]]
+        while not replica._loop.progress().tokens:
+            await asyncio.sleep(0.01)
+        await replica.call_off(second[0].epoch)
+        found += [await slow[1], await replica.process(*first)]
+        await replica.call_off(first[0].epoch)
+        await replica.leave()
+        return [*found, await replica.process(*second)]
+
+    with replica_of(job, Script(step_s=0.1, max_resident=2)) as replica:
+        *dropped, made, last = asyncio.run(story(replica))
+        assert dropped == [GivenUp(is_leaving=False)] * 2
+        assert isinstance(made, Attempt) and made.chunk_id == 0, "it may be leased again"
+        assert last == GivenUp(is_leaving=True) and replica._loop.progress().finished_rows == 20
+    assert len(list((job.out / "_eevp" / "attempts").iterdir())) == 1
+
+
+def test_a_replica_that_leaves_gives_back_what_it_has_not_generated(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 40, chunk_rows=20)
+    backlog = Backlog(job.plan, range(2), 2, MAX_ATTEMPTS)
+    leases = [backlog.lease("replica", "exits") for _ in range(2)]
+
+    async def story(replica: Replica) -> list[object]:
+        running = [asyncio.create_task(replica.process(*found)) for found in leases if found]
+        while not replica._loop.progress().tokens:
+            await asyncio.sleep(0.01)
+        await replica.leave()
+        assert (await replica.progress()).is_leaving
+        return list(await asyncio.gather(*running))
+
+    with replica_of(job, Script(step_s=0.1, max_resident=2)) as replica:
+        assert asyncio.run(story(replica)) == [GivenUp(is_leaving=True)] * 2

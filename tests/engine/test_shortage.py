@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from eevp_batch.engine import residents
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.shortage import is_out_of_memory
@@ -59,8 +62,13 @@ def hold(engine: Engine, num_rows: int, refuse: Callable[[], None], late: bool =
 @pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
 @pytest.mark.parametrize("late", [True, False])
 def test_rows_come_out_the_same_when_memory_runs_out(
-    tiny_llama: Path, prompts: list[Prompt], kv: str, late: bool
+    tiny_llama: Path,
+    prompts: list[Prompt],
+    kv: str,
+    late: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(residents, "GROW_AFTER", 1 << 30)
     expected = run(make_engine(tiny_llama, kv=kv, **EXITS), prompts)
     engine = make_engine(tiny_llama, kv=kv, **EXITS)
     refused = hold(engine, 64, refused_by_the_allocator, late)
@@ -77,6 +85,65 @@ def test_rows_come_out_the_same_when_memory_runs_out(
     before = len(refused)
     assert run(engine, prompts).keys() == expected.keys(), "the same engine serves again"
     assert len(refused) - before <= before, "what it has learned about memory it keeps"
+
+
+def test_a_batch_that_was_halved_grows_back(
+    tiny_llama: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While memory stays short, that is tried ever less often; rows never change."""
+    monkeypatch.setattr(residents, "GROW_AFTER", 8)
+    expected = run(make_engine(tiny_llama, **EXITS), prompts)
+    engine = make_engine(tiny_llama, **EXITS)
+    whole = (engine.queues.max_batch, engine.queues.max_tokens, engine.max_resident)
+    steps: list[int] = []
+    run_segment = engine.model.layers.run
+    refused = hold(engine, 40, refused_by_the_allocator)
+    scarce = engine.model.layers.run
+
+    def counted(indices: range, hidden: Any, tokens: PackedTokens, pool: Any) -> Any:
+        if tokens.num_tokens > 40:
+            steps.append(engine.stats.steps.total())
+        return scarce(indices, hidden, tokens, pool)
+
+    engine.model.layers.run = counted  # type: ignore[method-assign]
+    for _ in range(4):
+        found = run(engine, prompts)
+        assert {key: g.exits for key, g in found.items()} == {
+            key: g.exits for key, g in expected.items()
+        }
+    gaps = [later - earlier for earlier, later in itertools.pairwise(steps) if later > earlier + 2]
+    assert len(gaps) >= 3 and gaps[-1] >= 4 * gaps[0], f"it goes on trying as before: {gaps}"
+    engine.model.layers.run = run_segment  # type: ignore[method-assign]
+    while (engine.queues.max_batch, engine.queues.max_tokens, engine.max_resident) != whole:
+        run(engine, prompts)
+        assert engine.stats.shortages == len(refused) and len(steps) < 100_000
+    assert engine.queues.full_batch == make_engine(tiny_llama, **EXITS).queues.full_batch
+
+
+@pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
+def test_prompts_that_are_given_up_leave_nothing_behind(
+    tiny_llama: Path, prompts: list[Prompt], kv: str
+) -> None:
+    """Whether they wait, are half done or were just admitted; those beside them come out."""
+    kept = {
+        g.row_id: g.exits for g in run(make_engine(tiny_llama, kv=kv, **EXITS), prompts).values()
+    }
+    for num_steps in (0, 1, 7, 30):
+        engine = make_engine(tiny_llama, kv=kv, **EXITS)
+        for number, prompt in enumerate(prompts):
+            engine.add(replace(prompt, tag=number % 2))
+        found = [result for _ in range(num_steps) for result in engine.step()]
+        num_open = [number % 2 for number in range(len(prompts))].count(1)
+        num_open -= sum(result.tag == 1 for result in found)
+        assert engine.give_up(1) == num_open and engine.give_up(1) == 0
+        before = len(found)
+        while not engine.is_idle:
+            found += engine.step()
+        assert all(result.tag == 0 for result in found[before:])
+        assert {r.row_id for r in found if r.tag == 0} == {p.row_id for p in prompts[::2]}
+        assert all(isinstance(r, Generation) and r.exits == kept[r.row_id] for r in found)
+        assert engine.pool.is_empty, "they still hold pages"
+        assert engine.stats.tokens == sum(len(r.exits) for r in found if isinstance(r, Generation))
 
 
 @pytest.mark.parametrize("refuse", [refused_by_the_device, refused_by_python])

@@ -1,7 +1,9 @@
 """A fleet of scripted replicas in one thread: it stands where Ray stands, the rest is real.
 
-Which call ends next is drawn. A replica that was given up while it lived, or whose coordinator
-died, may go on with its leases at any later time, in a later run of the job too: a zombie.
+Which call ends next is drawn; so is whether a replica gets SIGTERM meanwhile, and whether a lease
+that is called off is dropped in time. A replica that was given up while it lived, or whose
+coordinator died, may go on with its leases at any later time, in a later run of the job too: a
+zombie.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eevp_batch.cluster.backlog import ChunkTask
-from eevp_batch.cluster.engine_loop import ChunkWork
+from eevp_batch.cluster.chunk_work import ChunkWork
 from eevp_batch.cluster.fleet import Call, Outcome, Resources, Slot
 from eevp_batch.cluster.learning import LearnAttempt, LearnOrder
 from eevp_batch.cluster.leases import Lease
-from eevp_batch.cluster.replica import ReplicaReady, encode_rows
+from eevp_batch.cluster.replica import GivenUp, ReplicaReady, encode_rows
 from eevp_batch.cluster.selection import select_rows, take_rows
 from eevp_batch.records import Audit, Generation, RowFailure
 from eevp_batch.spec import JobSpec
@@ -29,6 +31,8 @@ from eevp_batch.storage.store import Store
 from tests.cluster.scripted import Script, ScriptedEncoder, ScriptedEngine
 from tests.faults.machine import Died, Machine, Process
 
+SIGTERMS = 0.05
+"""Of the calls to a replica, how many come when it has just got SIGTERM."""
 LEARNED_FILES = {"fitted.json": b'{"layers": [2]}', "fitted.safetensors": bytes(range(64))}
 
 
@@ -144,7 +148,8 @@ class ScriptedFleet:
         self._machine, self._replica, self._zombies = machine, replica, zombies
         self._chance = zombies.chance
         self._calls: list[tuple[Slot, Call, Lease | None, ChunkTask | None]] = []
-        self._num_learned = 0
+        self._told: set[Process] = set()
+        self._called_off: set[int] = set()
 
     def start(self, slot: Slot) -> None:
         """Start a replica."""
@@ -155,6 +160,11 @@ class ScriptedFleet:
     def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send it a lease."""
         self._calls.append((slot, "process", lease, task))
+
+    def call_off(self, slot: Slot, lease: Lease) -> None:
+        """Let it drop a lease, which may come too late."""
+        if self._chance.random() < 0.5:
+            self._called_off.add(lease.epoch)
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask it to learn."""
@@ -173,6 +183,8 @@ class ScriptedFleet:
                 slot.not_before_s = 0.0
             return
         slot, call, lease, task = self._calls.pop(self._chance.randrange(len(self._calls)))
+        if self._chance.random() < SIGTERMS:
+            self._told.add(slot.handle)
         try:
             with self._machine.acting_as(slot.handle):
                 value = self._do(slot, call, lease, task)
@@ -192,8 +204,7 @@ class ScriptedFleet:
             if owner is slot and lease is not None and task is not None:
                 self._zombies.add(slot.handle, self._replica, lease, task)
         self._calls = [call for call in self._calls if call[0] is not slot]
-        slot.handle = slot.ready = None
-        slot.committed_rows, slot.is_learning = 0, False
+        slot.clear()
 
     def close(self) -> None:
         """Give all of them up."""
@@ -202,6 +213,9 @@ class ScriptedFleet:
                 self.bury(slot)
 
     def _do(self, slot: Slot, call: Call, lease: Lease | None, task: ChunkTask | None) -> Any:
+        is_told = slot.handle in self._told
+        if lease is not None and (is_told or lease.epoch in self._called_off):
+            return GivenUp(is_told)
         if lease is not None and task is not None:
             return self._replica.attempt(lease, task)
         if call == "learn":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from unittest.mock import patch
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eevp_batch.cluster import jobs
+from eevp_batch.cluster import coordinator, jobs, stragglers
+from eevp_batch.cluster.stragglers import Straggler
 from eevp_batch.errors import JobFailedError
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
@@ -150,7 +151,10 @@ class Job:
         store = self.watch.store()
         plan = open_plan(store, make_plan(self.spec, MODEL), "version: 1\n")
         replica = Replica(self.watch.store, plan, self.spec, self.script)
-        with scripted_ray(lambda size: ScriptedFleet(self.machine, replica, size, self.zombies)):
+        with (
+            scripted_ray(lambda size: ScriptedFleet(self.machine, replica, size, self.zombies)),
+            drawn_copies(self.chance),
+        ):
             try:
                 jobs.run_job(
                     self.spec,
@@ -237,6 +241,21 @@ def scripted_ray(make_fleet: Callable[[int], ScriptedFleet]) -> Iterator[None]:
         patch.object(jobs, "local_ray", local_ray),
         patch.object(jobs, "offered", lambda: [{"CPU": 64.0}]),
         patch.object(jobs, "Fleet", lambda *, size, **options: make_fleet(size)),
+    ):
+        yield
+
+
+@contextmanager
+def drawn_copies(chance: random.Random) -> Iterator[None]:
+    """At every turn a replica without work may take a copy of any chunk."""
+
+    def drawn(found: Iterable[Straggler], speed: float) -> Straggler | None:
+        return chance.choice([None, *found])
+
+    with (
+        patch.object(coordinator, "LOOK_EVERY_S", 0.0),
+        patch.object(stragglers, "usual_speed", lambda paces: 1.0),
+        patch.object(stragglers, "worth_copying", drawn),
     ):
         yield
 

@@ -108,3 +108,22 @@ def test_bins_hold_every_amount_once(spans: list[tuple[float, float, float]]) ->
     end_s, counted = bins.running_totals()[-1]
     assert end_s == bins.end_s == max(start + length for start, length, _ in spans)
     assert counted == pytest.approx(total, rel=1e-6, abs=1e-6)
+
+
+def test_a_replica_that_left_is_neither_busy_nor_dead() -> None:
+    kinds = ["job_started", "replica_placed", "replica_ready", "chunk_leased", "chunk_leased"]
+    kinds += ["chunk_given_up", "replica_left", "replica_placed", "job_finished"]
+    chunks = {3: {"chunk_id": 0}, 4: {"chunk_id": 1}, 5: {"chunk_id": 0}}
+    names = {0: {}, 7: {"replica": "r.2"}, 8: {}}
+    events = [
+        {"event": kind, "unix_s": 10.0 * n} | names.get(n, {"replica": "r"}) | chunks.get(n, {})
+        for n, kind in enumerate(kinds)
+    ]
+    found = read_timeline(events)
+    assert found.replicas["r"] == [
+        Segment("starting", 10, 20),
+        Segment("waiting", 20, 30),
+        Segment("busy", 30, 60),
+    ]
+    assert found.replicas["r.2"] == [Segment("starting", 70, 80)], "from when it had a place"
+    assert found.num_deaths == found.discarded == 0

@@ -1,0 +1,118 @@
+"""Who gets what next: pending chunks, copies of the last ones, exits to learn. Ends nothing."""
+
+from __future__ import annotations
+
+import math
+
+from eevp_batch.cluster import news, stragglers
+from eevp_batch.cluster.backlog import Backlog, ChunkTask
+from eevp_batch.cluster.diary import Diary
+from eevp_batch.cluster.fleet import Fleet, Slot
+from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.phases import Phases
+from eevp_batch.cluster.stragglers import Holding, Straggler
+
+
+class Handout:
+    """Gives leases to replicas.
+
+    Args:
+        fleet: the replicas.
+        backlog: what there is to do.
+        phases: how a chunk is to be done.
+        diary: is told of each lease.
+    """
+
+    def __init__(self, fleet: Fleet, backlog: Backlog, phases: Phases, diary: Diary) -> None:
+        self._fleet, self._backlog, self._phases = fleet, backlog, phases
+        self._diary, self._leases = diary, backlog.leases
+
+    def pending(self) -> None:
+        """Lease pending chunks to the replicas that hold the fewest."""
+        if not self._leases.num_pending:
+            return
+        share = self._fair_share()
+        held = {
+            slot.index: self._leases.num_held(slot.name)
+            for slot in self._fleet.slots
+            if slot.can_work
+        }
+        while held and self._leases.num_pending:
+            slot = self._fleet.slots[min(held, key=lambda index: held[index])]
+            is_full = held[slot.index] >= min(slot.max_leases, share)
+            if is_full or not self._lease(slot):
+                # Replicas that can hold more than this one may still take some.
+                del held[slot.index]
+                continue
+            held[slot.index] += 1
+
+    def copies(self, now_s: float) -> int:
+        """Let idle replicas do the last chunks as well where they should be faster.
+
+        Args:
+            now_s: monotonic time.
+
+        Returns:
+            How many copies were begun.
+        """
+        if self._leases.num_pending:
+            return 0
+        workers = [slot for slot in self._fleet.slots if slot.ready is not None]
+        idle = [s for s in workers if s.can_work and not self._leases.num_held(s.name)]
+        usual = stragglers.usual_speed(slot.pace for slot in workers) if idle else None
+        if usual is None:
+            return 0
+        holdings = (self._holding(slot) for slot in workers)
+        left = [
+            straggler
+            for straggler in stragglers.expected(holdings, usual, now_s)
+            if self._leases.can_copy(straggler.lease)
+        ]
+        num_begun = 0
+        for slot in idle:
+            found = stragglers.worth_copying(left, slot.pace.rows_per_s or usual)
+            if found is not None:
+                left.remove(found)
+                self._copy(slot, found)
+                num_begun += 1
+        return num_begun
+
+    def learning(self, rows_left: int) -> None:
+        """Once there are rows to learn from, the replica that holds the fewest chunks does it.
+
+        Args:
+            rows_left: rows that are not committed yet.
+        """
+        if self._backlog.is_retry or not self._phases.is_learning_due:
+            return
+        slots = [slot for slot in self._fleet.slots if slot.can_work]
+        if not slots:
+            return
+        slot = min(slots, key=lambda slot: self._leases.num_held(slot.name))
+        order = self._phases.learn(rows_left)
+        self._diary.tell(news.learning_started(slot.name, order))
+        self._fleet.learn(slot, order)
+
+    def _fair_share(self) -> int:
+        """Chunks a replica may hold so that the last ones spread over all that have a place."""
+        sharing = sum(s.handle is not None and not s.is_leaving for s in self._fleet.slots)
+        return math.ceil(self._leases.num_unfinished / max(1, sharing))
+
+    def _lease(self, slot: Slot) -> bool:
+        found = self._backlog.lease(slot.name, self._phases.phase)
+        if found is not None:
+            self._send(slot, *found)
+        return found is not None
+
+    def _copy(self, slot: Slot, straggler: Straggler) -> None:
+        lease, task = self._backlog.copy(straggler.lease, slot.name)
+        self._send(slot, lease, task)
+
+    def _send(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
+        self._diary.write("chunk_leased", **news.lease_fields(lease, task.span))
+        self._fleet.process(slot, lease, task)
+
+    def _holding(self, slot: Slot) -> Holding:
+        leases = self._leases.leases_of(slot.name)
+        sized = [(lease, self._backlog.num_rows(lease.chunk_id)) for lease in leases]
+        return Holding(slot.pace, sized, slot.open_rows)

@@ -1,0 +1,98 @@
+"""Two replicas at one chunk, wherever processes die: it is committed once, as it should be."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from eevp_batch.cluster import coordinator, stragglers
+from eevp_batch.cluster.backlog import ChunkTask
+from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.stragglers import Straggler
+from eevp_batch.errors import StaleAttemptError
+from eevp_batch.storage.commit import Committer
+from tests.cluster.jobs import make_job
+from tests.cluster.scripted import Script
+from tests.faults import fleet, history
+from tests.faults.fleet import Replica
+from tests.faults.history import Job, Setting, live
+from tests.faults.machine import Machine
+from tests.faults.sweep import sweep
+
+SMALL = Setting(files=(3, 2), chunk_rows=1, replicas=3, failing=frozenset({0, 4}))
+
+
+@contextmanager
+def eager_copies(chance: random.Random) -> Iterator[None]:
+    """Who has nothing to do always takes a copy."""
+
+    def first(found: Iterable[Straggler], speed: float) -> Straggler | None:
+        return next(iter(found), None)
+
+    with (
+        patch.object(coordinator, "LOOK_EVERY_S", 0.0),
+        patch.object(stragglers, "usual_speed", lambda paces: 1.0),
+        patch.object(stragglers, "worth_copying", first),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def eager() -> Iterator[None]:
+    with patch.object(history, "drawn_copies", eager_copies), patch.object(fleet, "SIGTERMS", 0.0):
+        yield
+
+
+def lived(folder: Path, seed: int) -> tuple[Job, Counter[str]]:
+    folder.mkdir()
+    job = Job(SMALL, folder, Machine(), seed)
+    live(job)
+    kinds = Counter(event["event"] for event in job.events())
+    kinds["copies"] = sum(bool(event.get("is_copy")) for event in job.events())
+    return job, kinds
+
+
+def test_of_two_attempts_one_is_committed_and_the_other_discarded(tmp_path: Path) -> None:
+    """Whichever comes first, and whether the other is called off in time or too late."""
+    total: Counter[str] = Counter()
+    outputs = []
+    for seed in range(20):
+        job, kinds = lived(tmp_path / str(seed), seed)
+        assert kinds["chunk_committed"] == 5, "each chunk once"
+        outputs.append(job.output())
+        first = {(e["chunk_id"], e["epoch"]) for e in job.events() if "committed" in e["event"]}
+        copies = {(e["chunk_id"], e["epoch"]) for e in job.events() if e.get("is_copy")}
+        kinds["copies first"] = len(first & copies)
+        total += kinds
+    assert all(output == outputs[0] for output in outputs), "whoever was first, the rows are these"
+    assert 0 < total["copies first"] < total["copies"], f"both kinds of winners were seen: {total}"
+    assert total["attempt_discarded"] and total["chunk_given_up"], f"both kinds of losers: {total}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_crash_at_every_point_of_a_job_with_copies(tmp_path: Path) -> None:
+    """Killed or cut off, the loser's attempt is left by nobody and taken for nothing."""
+    machine = sweep(SMALL, tmp_path, ("kill", "power cut", "lost"))
+    assert set(machine.crashed) == set(machine.reached), "there was a crash at each point"
+    assert len(machine.kinds) == 3
+
+
+def test_a_rival_that_nobody_ended_is_still_refused_by_the_commit_record(tmp_path: Path) -> None:
+    """The table ends both leases; without that, the exclusive record is what is left."""
+    job = make_job(tmp_path)
+    replica = Replica(lambda: job.store, job.plan, job.spec, Script())
+    task = ChunkTask(job.plan.chunks[3])
+    first, second = (replica.attempt(Lease(3, epoch, epoch, "r"), task) for epoch in (1, 2))
+    committer = Committer(job.store, job.plan)
+    committer.commit(second, second.epoch)
+    with pytest.raises(StaleAttemptError, match="is committed already"):
+        committer.commit(first, first.epoch)
+    assert [record.attempt.epoch for record in committer.records()] == [2]
+    assert job.store.list("_eevp/attempts") == [], "the loser's files are gone"

@@ -22,6 +22,7 @@ from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
 from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.stored_weights import is_tied, present, settle
 
 BLOCK_ROWS = 4
 """Rows of one sequence that attention takes at once, so that a key is read once for them."""
@@ -46,6 +47,12 @@ class FusedLayer:
         self.scaling: float = attention.scaling
 
 
+def _read(layer: Any) -> FusedLayer:
+    """One layer; what was read of it to lay it out is let go."""
+    with present(layer):
+        return FusedLayer(layer)
+
+
 def _float_copy(norm: nn.Module) -> torch.Tensor:
     """A norm's weight in float32. Copied: a tensor of a mapped file keeps all of it in memory."""
     weight: torch.Tensor = norm.weight  # type: ignore[assignment]
@@ -65,12 +72,12 @@ def _stacked(parts: Sequence[nn.Linear]) -> PackedLinear:
     return PackedLinear(torch.cat([part.weight for part in parts]), bias)
 
 
-def can_fuse(model: Any) -> str | None:
-    """Why this model's layers cannot run here; None when they can."""
+def can_fuse(model: Any, device: torch.device) -> str | None:
+    """Why this model's layers cannot run on a device; None when they can."""
     config, weight = model.config, model.lm_head.weight
     attention = model.model.layers[0].self_attn
-    if weight.device.type != "cpu":
-        return f"device {weight.device.type}"
+    if device.type != "cpu":
+        return f"device {device.type}"
     if native.kernels(weight.dtype) is None:
         return f"no kernels for {weight.dtype}"
     if config.hidden_act != "silu":
@@ -99,22 +106,26 @@ class FusedLayers:
     row_multiple = FEWEST_ROWS
 
     def __init__(self, model: Any, head_weight: torch.Tensor) -> None:
-        config, weight = model.config, model.lm_head.weight
-        kernels = native.kernels(weight.dtype)
+        config = model.config
+        kernels = native.kernels(head_weight.dtype)
         if kernels is None:
-            raise ValueError(f"no kernels for {weight.dtype}")
+            raise ValueError(f"no kernels for {head_weight.dtype}")
         self._kernels = kernels
-        self._dtype: torch.dtype = weight.dtype
+        self._dtype: torch.dtype = head_weight.dtype
         self._eps: float = config.rms_norm_eps
-        self._layers = [FusedLayer(layer) for layer in model.model.layers]
+        self._layers = [_read(layer) for layer in model.model.layers]
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
         self._head_size: int = model.model.layers[0].self_attn.head_dim
         self._rotary: nn.Module = model.model.rotary_emb
-        embed: torch.Tensor = model.model.embed_tokens.weight.detach()
-        self._embed = head_weight if embed.data_ptr() == weight.data_ptr() else embed.clone()
-        self._final_norm: torch.Tensor = _float_copy(model.model.norm)
-        self._head = PackedLinear(weight)
+        settle(self._rotary, torch.device("cpu"))
+        self._embed = head_weight
+        if not is_tied(model):
+            with present(model.model.embed_tokens):
+                self._embed = model.model.embed_tokens.weight.detach().clone()
+        with present(model.model.norm):
+            self._final_norm: torch.Tensor = _float_copy(model.model.norm)
+        self._head = PackedLinear(head_weight)
         self._scratch: dict[str, torch.Tensor] = {}
         self.bridges: Bridges | None = None
 

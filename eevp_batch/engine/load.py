@@ -18,6 +18,7 @@ from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
+from eevp_batch.engine.stored_weights import skeleton
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import FittedExitsError, ModelError
 from eevp_batch.model_config import (
@@ -101,13 +102,20 @@ def load(
 
 
 def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
-    """The model on its device, in evaluation mode; safetensors only.
+    """The model in evaluation mode, its weights still in their safetensors files.
+
+    Whoever cuts it reads them, each straight to its device; where they have to be read as a whole,
+    they are on the device already.
 
     Raises:
         ModelError: the files do not hold what the configuration promises.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if not spec.trust_remote_code:
+            stored = skeleton(model.path, getattr(torch, spec.dtype), device)
+            if stored is not None:
+                return stored
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, spec.dtype),

@@ -23,6 +23,7 @@ from eevp_batch.engine.kv_cache import FirstStates, KvPool
 from eevp_batch.engine.module_layers import ModuleLayers
 from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.stored_weights import execution_device, present, settle
 from eevp_batch.errors import FittedExitsError, ModelError
 
 _log = logging.getLogger(__name__)
@@ -86,19 +87,22 @@ class SegmentedModel:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_size: int = model.model.layers[0].self_attn.head_dim
         self.hidden_size: int = config.hidden_size
-        self.head_weight: torch.Tensor = model.lm_head.weight.detach()  # [V, E]
-        self.vocab_size: int = self.head_weight.shape[0]
-        self.norm_weight: torch.Tensor = model.model.norm.weight.detach().clone()  # [E]
         self.norm_eps: float = config.rms_norm_eps
-        objection = can_fuse(model) if kernel is None else f"attention by {kernel.name}"
+        device = execution_device(model)
+        objection = can_fuse(model, device) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
-            # Copied, so that the weights as they were read can go; the layers keep packed ones.
-            self.head_weight = self.head_weight.clone()
+            with present(model.lm_head):  # copied, for it is gone with what was read
+                self.head_weight: torch.Tensor = model.lm_head.weight.detach().clone()  # [V, E]
             self.layers = FusedLayers(model, self.head_weight)
         else:
             _log.info("layers run as transformers wrote them: %s", objection)
+            settle(model, device)
+            self.head_weight = model.lm_head.weight.detach()
             self.layers = ModuleLayers(model, kernel)
+        self.vocab_size: int = self.head_weight.shape[0]
+        with present(model.model.norm):
+            self.norm_weight: torch.Tensor = model.model.norm.weight.detach().clone()  # [E]
 
     def _checked(self, exit_layers: Sequence[int]) -> tuple[int, ...]:
         if (

@@ -154,7 +154,9 @@ def state_moment(model: PreTrainedModel, layer: int) -> torch.Tensor:
     attention = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"
     try:
-        found = model.model(ids.to(execution_device(model)), output_hidden_states=True, use_cache=False)
+        found = model.model(
+            ids.to(execution_device(model)), output_hidden_states=True, use_cache=False
+        )
     finally:
         model.config._attn_implementation = attention
     states = found.hidden_states[layer]

@@ -113,7 +113,7 @@ def skeleton(folder: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         return None
     stored = StoredTensors(Path(folder))
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation="sdpa"
         )
     if not stored.has_all_of(model):
@@ -122,7 +122,8 @@ def skeleton(folder: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     weights = _Tied(stored) if is_tied(model) else stored
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -145,7 +146,7 @@ def settle(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         if not has_offloaded_params(part):
             continue
-        stored = part._hf_hook.weights_map
+        stored: Mapping[str, torch.Tensor] = part._hf_hook.weights_map  # type: ignore[assignment,union-attr]
         names = [name for name, _ in part.named_parameters(recurse=False)]
         remove_hook_from_module(part)
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.devices import Device
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.prompts import PromptEncoder
+from eevp_batch.engine.placed_model import place_model
 from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
@@ -186,6 +189,7 @@ def build_engine(
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
     cut: SegmentedModel | None = None,
+    devices: Sequence[Device] = (),
 ) -> Engine:
     """An engine around a loaded model.
 
@@ -198,12 +202,13 @@ def build_engine(
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
         cut: the model of another engine around the same weights; its layers are shared.
+        devices: where it runs, see `place_model`; none: where the model is.
 
     Raises:
-        UsageError: the settings do not fit the model or the device.
+        UsageError: the settings do not fit the model or the devices.
     """
     keep_freed_memory()
-    found = cut_model(weights, tokenizer, exit, fitted, kernel, cut)
+    found = cut_model(weights, tokenizer, exit, fitted, kernel, cut, devices, engine.kv_memory)
     return found.engine(tokenizer, exit, sampling, engine)
 
 
@@ -214,6 +219,8 @@ def cut_model(
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
     cut: SegmentedModel | None = None,
+    devices: Sequence[Device] = (),
+    kv_memory: int | Literal["auto"] = "auto",
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -224,9 +231,11 @@ def cut_model(
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
         cut: the model of another engine around the same weights; its layers are shared.
+        devices: where it runs, see `place_model`; none: where the model is.
+        kv_memory: bytes that keys and values may have, or what is free.
 
     Raises:
-        UsageError: the settings do not fit the model or the device.
+        UsageError: the settings do not fit the model or the devices.
     """
     if fitted is None and exit.mode == "on" and exit.heads is not None:
         fitted = FittedExits.load(Path(exit.heads))
@@ -236,7 +245,14 @@ def cut_model(
     factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
     # Before the model is cut.
     proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
-    model = cut.recut(exit_layers) if cut else SegmentedModel(weights, exit_layers, kernel)
+    if cut is not None:
+        model = cut.recut(exit_layers)
+    elif devices:
+        model = place_model(
+            weights, exit_layers, devices, None if kv_memory == "auto" else kv_memory
+        )
+    else:
+        model = SegmentedModel(weights, exit_layers, kernel)
     short_prompt = None
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))

@@ -31,9 +31,7 @@ class Desk(Protocol):
     def take(self, stage: Stage) -> Batch[Sequence] | None:
         """The next batch for a stage; None where nobody waits there."""
 
-    def grow(
-        self, sequences: list[Sequence], running: set[Sequence]
-    ) -> list[Sequence] | None:
+    def grow(self, sequences: list[Sequence], running: set[Sequence]) -> list[Sequence] | None:
         """See `Residents.grow`."""
 
     def put_back(self, batch: Batch[Sequence]) -> None:

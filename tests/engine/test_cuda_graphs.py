@@ -114,7 +114,9 @@ def test_a_recording_has_its_bridges_by_origin(tiny_llama: Path, prompts: list[P
     engines[1].stages[0].runner = SegmentRunner(engines[1]._model, engines[1].pool, Counts())
     expected, found = (exits_of(run(engine, prompts[:6])) for engine in engines)
     assert found == expected
-    seen = {origin for bucket in engines[1].stages[0].runner.buckets for origin, _ in bucket.origins}
+    seen = {
+        origin for bucket in engines[1].stages[0].runner.buckets for origin, _ in bucket.origins
+    }
     assert seen == {EARLY, LATE}, "tokens of both exits were bridged in recorded runs"
 
 

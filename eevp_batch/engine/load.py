@@ -16,8 +16,8 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
-from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.placed_model import place_model
+from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt

@@ -12,15 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedModel
 
 from eevp_batch.engine.devices import Device, single_cores
 from eevp_batch.engine.engine import Engine
+from eevp_batch.engine.limits import page_bytes
+from eevp_batch.engine.load import build_engine
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.placed_model import place_model
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt
-from eevp_batch.spec import SamplingSpec
-from tests.engine.conftest import load_model, make_engine, oracle, run
+from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
+from tests.engine.conftest import NEW_TOKENS, load_model, make_engine, oracle, run
+from tests.engine.test_bridges import bridged_engine, with_prompts
+from tests.engine.test_kv_policies import few, jobs
 from tests.tiny_models import NUM_LAYERS
 
 DEPTHS = {2: [3], 3: [2, 4], 5: [1, 2, 3, 5]}  # exit layers before the last, by their number D
@@ -46,9 +53,9 @@ def weights(path: Path) -> PreTrainedModel:
 
 
 def cpus(count: int) -> list[Device]:
-    """Devices of a core each, as far as there are cores; nothing is measured here."""
-    core = min(os.sched_getaffinity(0))
-    return [Device(CPU, (core,)) for _ in range(count)]
+    """Devices of a core each, which they share where there are too few; nothing is timed here."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [Device(CPU, (cores[number % len(cores)],)) for number in range(count)]
 
 
 def engine_on(path: Path, count: int, **settings: Any) -> Engine:
@@ -114,6 +121,56 @@ def test_every_family(tiny_model_path: Any, prompts: list[Prompt], family: str) 
     settings = {"layers": [2, 4], "threshold": 0.3}
     expected = run(make_engine(path, model=weights(path), **settings), prompts)
     assert_same(run(engine_on(path, 2, **settings), prompts), expected)
+
+
+@pytest.mark.parametrize("prefill", ["full", "bridge"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_bridges_find_the_states_of_other_devices(
+    tiny_llama: Path, prompts: list[Prompt], prefill: str, count: int
+) -> None:
+    fitted = with_prompts(load_model(tiny_llama))
+    expected = run(bridged_engine(tiny_llama, fitted, prefill=prefill), prompts)
+    engine = build_engine(
+        weights(tiny_llama),
+        AutoTokenizer.from_pretrained(tiny_llama),
+        ExitSpec(
+            layers=[2, 4],
+            threshold=0.3,
+            kv="bridge",
+            heads="given",
+            prefill=prefill,  # type: ignore[arg-type]
+            vocab=VocabSpec(top_k=32),
+        ),
+        SamplingSpec(max_new_tokens=NEW_TOKENS),
+        EngineSpec(max_batch=5, max_resident=15),
+        fitted,
+        devices=cpus(count),
+    )
+    assert_same(run(engine, prompts), expected)
+
+
+def test_bridges_across_a_device_that_ends_before_the_first_exit_are_refused(
+    tiny_llama: Path,
+) -> None:
+    model = weights(tiny_llama)
+    whole = place_model(model, [NUM_LAYERS], cpus(4))
+    with pytest.raises(UsageError, match="found bridges from layer 2 on; allowed with a device"):
+        whole.recut([2, 4, NUM_LAYERS]).use(with_prompts(model))
+
+
+@few
+@given(job=jobs(), kv=st.sampled_from(POLICIES), num_pages=st.integers(4, 20))
+def test_any_job_comes_out_as_on_one_device(
+    tiny_llama: Path, job: dict[str, Any], kv: str, num_pages: int
+) -> None:
+    settings = {name: value for name, value in job.items() if name != "prompts"}
+    settings |= {"model": weights(tiny_llama), "kv": kv}
+    prompts = [Prompt(row, ids) for row, ids in enumerate(job["prompts"])]
+    expected = run(make_engine(tiny_llama, **settings), prompts)
+    engine = make_engine(tiny_llama, **settings)
+    tight = settings["limits"] | {"kv_memory": num_pages * page_bytes(engine.model)}
+    found = run(make_engine(tiny_llama, devices=cpus(2), **settings | {"limits": tight}), prompts)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -141,9 +141,16 @@ class ClusterSpec(Section):
     replicas: Count = 1
     """Copies of the model that work side by side."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs of one replica; 1 where there is a GPU, else 0."""
+    """GPUs of one replica, several share out its layers; 1 where there is a GPU, else 0."""
     cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = "auto"
     """CPU cores of one replica; an equal share of the machine's."""
+
+    @model_validator(mode="after")
+    def _several_gpus_are_whole(self) -> ClusterSpec:
+        gpus = self.gpus_per_replica
+        if gpus != "auto" and gpus > 1 and gpus % 1:
+            raise refused("gpus_per_replica", gpus, "a share of one GPU, or a whole number")
+        return self
 
 
 class RunSpec(Section):

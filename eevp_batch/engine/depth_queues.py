@@ -73,13 +73,17 @@ class DepthQueues(Generic[T]):
                     return
 
     def pop(
-        self, cost: Callable[[int, T], int], depths: Collection[int] | None = None
+        self,
+        cost: Callable[[int, T], int],
+        depths: Collection[int] | None = None,
+        most: int | None = None,
     ) -> Batch[T] | None:
         """Take the next batch, or None when nobody waits.
 
         Args:
             cost: packed tokens that (depth, sequence) would bring.
             depths: the queues to look at; None: all.
+            most: sequences to take at most, fewer than `max_batch`; None: that many.
         """
         waiting = [
             depth
@@ -93,7 +97,8 @@ class DepthQueues(Generic[T]):
         queue = self._queues[depth]
         batch: list[T] = []
         room = self.max_tokens
-        while queue and len(batch) < self.max_batch:
+        most = self.max_batch if most is None else min(most, self.max_batch)
+        while queue and len(batch) < most:
             room -= cost(depth, queue[0][1])
             if room < 0 and batch:
                 break

@@ -222,7 +222,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether anything waits or is resident."""
-        return bool(self._residents.arrivals) or not self._residents.is_empty
+        return len(self._residents.arrivals) + len(self._residents) > 0
 
     @property
     def has_results(self) -> bool:
@@ -234,7 +234,8 @@ class Engine:
         if 0 in stage.depths:
             for found in self._residents.admit():
                 self._results.fail(*found)
-        batch = self.queues.pop(_cost, stage.depths)
+        fair = -(-len(self._residents) // len(self.stages))  # that the others have work too
+        batch = self.queues.pop(_cost, stage.depths, fair if len(self.stages) > 1 else None)
         if batch is not None and batch.depth == 0:
             self._residents.entered()
         return batch

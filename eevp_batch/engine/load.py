@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
-from eevp_batch.engine.devices import Device
+from eevp_batch.engine.devices import Device, replica_devices
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
@@ -35,39 +35,53 @@ from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, PromptSpec
 
 
 class Loaded(NamedTuple):
-    """A job's model, and what turns rows into its tokens."""
+    """A job's model, what turns rows into its tokens, and where it is to run."""
 
     weights: PreTrainedModel
     tokenizer: Any
     encoder: PromptEncoder
+    devices: Sequence[Device]
 
 
 def load_engine(
-    spec: JobSpec, model: ModelConfig, num_threads: int | None = None
+    spec: JobSpec,
+    model: ModelConfig,
+    num_threads: int | None = None,
+    num_gpus: float | None = None,
 ) -> tuple[Engine, PromptEncoder]:
     """The engine and the prompt encoder of a job; see `load_job_model`."""
-    loaded = load_job_model(spec, model, num_threads)
-    engine = build_engine(loaded.weights, loaded.tokenizer, spec.exit, spec.sampling, spec.engine)
-    return engine, loaded.encoder
+    weights, tokenizer, encoder, devices = load_job_model(spec, model, num_threads, num_gpus)
+    engine = build_engine(
+        weights, tokenizer, spec.exit, spec.sampling, spec.engine, devices=devices
+    )
+    return engine, encoder
 
 
-def load_job_model(spec: JobSpec, model: ModelConfig, num_threads: int | None = None) -> Loaded:
-    """Read a job's model and tokenizer.
+def load_job_model(
+    spec: JobSpec,
+    model: ModelConfig,
+    num_threads: int | None = None,
+    num_gpus: float | None = None,
+) -> Loaded:
+    """Read a job's tokenizer; its model, as far as that is not left to whoever cuts it.
 
     Args:
         spec: the job.
         model: what `read_model_config` said of its model.
         num_threads: CPU threads for torch; None leaves them alone.
+        num_gpus: GPUs to use; None: one, where there is any.
 
     Raises:
-        UsageError: the job's settings do not fit the model.
+        UsageError: the job's settings do not fit the model, or there are too few GPUs.
     """
+    devices = replica_devices(num_gpus)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     tokenizer = load_tokenizer(model, spec.model)
     room = prompt_room(spec.sampling, model)
     encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, room)
-    return Loaded(load_weights(spec.model, model), tokenizer, encoder)
+    weights = load_weights(spec.model, model, devices[0].at)
+    return Loaded(weights, tokenizer, encoder, devices)
 
 
 def load(
@@ -104,16 +118,23 @@ def load(
     return engine
 
 
-def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
+def load_weights(
+    spec: ModelSpec, model: ModelConfig, device: torch.device | None = None
+) -> PreTrainedModel:
     """The model in evaluation mode, its weights still in their safetensors files.
 
     Whoever cuts it reads them, each straight to its device; where they have to be read as a whole,
     they are on the device already.
 
+    Args:
+        spec: number type, and whether the model brings code.
+        model: what `read_model_config` said of it.
+        device: where it computes; None: a GPU, where there is any.
+
     Raises:
         ModelError: the files do not hold what the configuration promises.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or replica_devices(None)[0].at
     try:
         if not spec.trust_remote_code:
             stored = skeleton(model.path, getattr(torch, spec.dtype), device)

@@ -108,10 +108,9 @@ class Residents:
         """The first segment runs: who was admitted is on the way."""
         self._entering = 0
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nobody is resident."""
-        return not self._by_seat
+    def __len__(self) -> int:
+        """Sequences in memory."""
+        return len(self._by_seat)
 
     def grow(
         self, sequences: list[Sequence], running: Collection[Sequence] = ()

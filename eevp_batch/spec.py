@@ -268,3 +268,10 @@ class JobSpec(Section):
         if self.audit.stop_exits and not has_bound:
             raise refused("audit.delta", "null", "a share of tokens with audit.stop_exits")
         return self
+
+    @model_validator(mode="after")
+    def _learns_on_one_gpu(self) -> JobSpec:
+        gpus = self.cluster.gpus_per_replica
+        if self.exit.mode == "learn" and gpus != "auto" and gpus > 1:
+            raise refused("cluster.gpus_per_replica", gpus, "at most 1 where exit.mode is learn")
+        return self

@@ -156,7 +156,7 @@ class ClusterSpec(Section):
     replicas: Count | ReplicaRange = 1
     """Copies of the model that work side by side; a number n is {min: 1, max: n}."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs of one replica: 0, a share of one, or a whole number; 1 where there is a GPU, else 0."""
+    """GPUs of one replica: 0, a share of one, or several, which share out its layers; 1 if any."""
     cpus_per_replica: Auto | Annotated[float, Field(gt=0)] = "auto"
     """CPU cores of one replica; an equal share of the machine's."""
     placement_timeout_s: Annotated[float, Field(gt=0)] = 900.0

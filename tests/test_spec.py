@@ -92,6 +92,13 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("cluster: {replicas: {min: 4, max: 3}}", 1, "cluster.replicas.max", "3", "at least 4"),
     ("cluster: {gpus_per_replica: 1.5}", 1, "cluster.gpus_per_replica", "1.5", "a whole number"),
     ("cluster: {placement_timeout_s: 0}", 1, "cluster.placement_timeout_s", "0", "more than 0"),
+    (
+        "exit: {mode: learn}\ncluster: {gpus_per_replica: 2}",
+        2,
+        "cluster.gpus_per_replica",
+        "2.0",
+        "at most 1 where exit.mode is learn",
+    ),
     ("cluster: {cpus_per_replica: 0}", 1, "cluster.cpus_per_replica", "0", "more than 0"),
     (
         "prompt: {on_overlong: drop}",

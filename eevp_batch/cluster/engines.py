@@ -20,9 +20,9 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.limits import page_bytes
 from eevp_batch.engine.load import Loaded, build_engine, load_engine, load_job_model
-from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.engine.placed_model import place_model
 from eevp_batch.errors import EngineError
-from eevp_batch.model_config import ModelConfig
+from eevp_batch.model_config import ModelConfig, resolve_exit_layers
 from eevp_batch.records import Phase
 from eevp_batch.spec import EngineSpec, JobSpec
 from eevp_batch.storage.learned import fetch_learned, read_learned
@@ -40,6 +40,7 @@ def load_engines(
     plan: Plan,
     store_text: str,
     num_threads: int | None = None,
+    num_gpus: float | None = None,
 ) -> tuple[RowEngine, RowEncoder]:
     """What a replica needs of a job's model.
 
@@ -49,13 +50,14 @@ def load_engines(
         plan: the job's plan; its list of chunks is not used and may be empty.
         store_text: what `Store.open` takes for the job's output.
         num_threads: CPU threads for torch; None leaves them alone.
+        num_gpus: GPUs of the replica; None: one, where there is any.
 
     Raises:
-        UsageError: the job's settings do not fit the model.
+        UsageError: the job's settings do not fit the model or the GPUs.
     """
     if spec.exit.mode != "learn" and not spec.audit.full_depth_fraction:
-        return load_engine(spec, model, num_threads)
-    loaded = load_job_model(spec, model, num_threads)
+        return load_engine(spec, model, num_threads, num_gpus)
+    loaded = load_job_model(spec, model, num_threads, num_gpus)
     return JobEngine(spec, model, plan, Store.open(store_text), loaded), loaded.encoder
 
 
@@ -67,14 +69,19 @@ class JobEngine(PhasedEngine):
         model: its model.
         plan: its plan.
         store: its output folder.
-        loaded: weights and tokenizer.
+        loaded: weights and tokenizer; on several devices placed for the job's exits, whose
+            layers the engine without exits shares.
     """
 
     def __init__(
         self, spec: JobSpec, model: ModelConfig, plan: Plan, store: Store, loaded: Loaded
     ) -> None:
         self._spec, self._store, self._loaded = spec, store, loaded
-        self._cut = SegmentedModel(loaded.weights, [model.num_layers])
+        kv_memory = None if spec.engine.kv_memory == "auto" else spec.engine.kv_memory
+        layers = [model.num_layers]
+        if spec.exit.mode != "learn":
+            layers = resolve_exit_layers(spec.exit, model.num_layers)
+        self._cut = place_model(loaded.weights, layers, loaded.devices, kv_memory)
         self._task = LearnTask(spec, model, plan, loaded, self._cut)
         has_exits = True
         if spec.exit.mode == "learn":
@@ -119,14 +126,14 @@ class JobEngine(PhasedEngine):
                 fitted = FittedExits.load(folder)
                 thresholds = Calibration.load(folder / CALIBRATION).thresholds
                 exit = learned_exit(exit, folder, fitted.exit_layers, thresholds)
-        weights, tokenizer, _ = self._loaded
+        weights, tokenizer, *_ = self._loaded
         spec = self._spec
         return build_engine(
             weights, tokenizer, exit, spec.sampling, spec.engine, fitted, cut=self._cut
         )
 
     def _whole(self, limits: EngineSpec) -> Engine:
-        weights, tokenizer, _ = self._loaded
+        weights, tokenizer, *_ = self._loaded
         return full_depth_engine(weights, self._cut, tokenizer, self._spec.sampling, limits)
 
     def _empty_cache(self) -> None:

@@ -20,7 +20,7 @@ from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
-from eevp_batch.cluster.fleet import Fleet
+from eevp_batch.cluster.fleet import Fleet, Resources
 from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.phases import Phases
@@ -236,7 +236,7 @@ class _Run:
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
-        build = self.build or partial(_load, *job, resources.num_threads)
+        build = self.build or partial(_load, *job, resources)
         fleet = Fleet(
             # Of this run alone: replicas of a driver that was killed may still be ending.
             namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",
@@ -337,12 +337,14 @@ def _of(classes: Sequence[str]) -> str:
 
 
 def _load(
-    spec: JobSpec, model: ModelConfig, plan: Plan, store_text: str, num_threads: int
+    spec: JobSpec, model: ModelConfig, plan: Plan, store_text: str, resources: Resources
 ) -> tuple[RowEngine, RowEncoder]:
     # Imported in the replica only: the driver needs no torch.
     from eevp_batch.cluster.engines import load_engines
 
-    return load_engines(spec, model, plan, store_text, num_threads)
+    return load_engines(
+        spec, model, plan, store_text, resources.num_threads, resources.num_gpus
+    )
 
 
 def _print_message(text: str) -> None:

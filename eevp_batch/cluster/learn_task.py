@@ -169,7 +169,7 @@ class LearnTask:
         """Certify thresholds and write them beside the fitted exits; their figures."""
         exit = learned_exit(self.spec.exit, folder, fitted.exit_layers, [])
         spec = self.spec.model_copy(update={"exit": exit})
-        weights, tokenizer, _ = self.loaded
+        weights, tokenizer, *_ = self.loaded
         cut = cut_model(weights, tokenizer, exit, fitted, cut=self.cut)
         result = calibrate(
             cut.model,

@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from eevp_batch.engine.invariance import fewest_rows
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
+from eevp_batch.engine.kv_store import PAGE_SIZE, KvLayout, KvStore
 from eevp_batch.engine.packing import PackedTokens, Span
 from eevp_batch.engine.upload import moved, to_device
 
@@ -27,7 +27,7 @@ class Layout(Protocol):
     """Who may look at what in one pack, the same for every layer of a segment."""
 
     @property
-    def pool(self) -> KvPool:
+    def pool(self) -> KvStore:
         """Where keys and values are."""
 
     @property
@@ -74,7 +74,7 @@ class Kernel(Protocol):
     page_size: int
     can_record: bool
 
-    def layout(self, tokens: PackedTokens, pool: KvPool) -> Layout:
+    def layout(self, tokens: PackedTokens, pool: KvStore) -> Layout:
         """What the pack needs at every layer."""
 
 
@@ -86,7 +86,7 @@ class Gather:
     page_size = PAGE_SIZE
     can_record = False
 
-    def layout(self, tokens: PackedTokens, pool: KvPool) -> Layout:
+    def layout(self, tokens: PackedTokens, pool: KvStore) -> Layout:
         """See `Kernel`."""
         return AttentionLayout.of(tokens, pool)
 
@@ -103,7 +103,7 @@ class AttentionLayout:
         ragged: the sequences that bring several tokens, each with its pages [1, P].
     """
 
-    pool: KvPool
+    pool: KvStore
     slots: torch.Tensor
     positions: torch.Tensor
     single_pages: torch.Tensor
@@ -111,7 +111,7 @@ class AttentionLayout:
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens: PackedTokens, pool: KvPool) -> AttentionLayout:
+    def of(cls, tokens: PackedTokens, pool: KvStore) -> AttentionLayout:
         """The layout of a pack."""
         singles = [span for span in tokens.spans if span.stop - span.start == 1]
         width = max((len(span.pages) for span in singles), default=0)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from eevp_batch.engine.fitted import Bridge, FittedExits, bridge_input, unit_state
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_store import KvStore
 from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.sequence import Origin
@@ -39,12 +39,18 @@ class Bridges:
         dtype: of the products.
         device: of the model.
         eps: of the model's norms.
+        indices: 0-based layers that ask for them.
     """
 
     def __init__(
-        self, fitted: FittedExits, dtype: torch.dtype, device: torch.device, eps: float
+        self,
+        fitted: FittedExits,
+        dtype: torch.dtype,
+        device: torch.device,
+        eps: float,
+        indices: range,
     ) -> None:
-        self._dtype, self._eps = dtype, eps
+        self._dtype, self._eps, self._indices = dtype, eps, indices
         self._lift: dict[Origin, PackedLinear] = {}
         self._down: dict[Origin, PackedLinear] = {}
         self._layers: dict[Origin, dict[int, PackedLinear]] = {}
@@ -61,6 +67,7 @@ class Bridges:
                 affine.weight.to(device, self._dtype), affine.bias.to(device, self._dtype)
             )
             for layer, affine in bridge.layers.items()
+            if layer - 1 in self._indices
         }
 
     @property
@@ -123,7 +130,7 @@ class SkippingTokens:
         pool: holds the states that they stopped with.
     """
 
-    def __init__(self, layers: ProjectingLayers, tokens: PackedTokens, pool: KvPool) -> None:
+    def __init__(self, layers: ProjectingLayers, tokens: PackedTokens, pool: KvStore) -> None:
         self._layers, self._bridges = layers, layers.bridges
         self._hidden = pool.hidden.index_select(0, tokens.project_slots)  # [W, E]
         self._inputs: list[BridgeInput] = []

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from eevp_batch.engine.kv_cache import KvPool
+from eevp_batch.engine.kv_store import KvStore
 from eevp_batch.engine.packing import Lookup, PackedTokens
 from eevp_batch.engine.paged_kernels import look_up
 from eevp_batch.engine.segmented_model import SegmentedModel, SegmentOutput
@@ -117,7 +117,7 @@ class _Frame:
     repeat: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, bucket: Bucket, pool: KvPool) -> _Frame:
+    def of(cls, bucket: Bucket, pool: KvStore) -> _Frame:
         device, looks_back = pool.device, pool.first is not None
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -183,7 +183,7 @@ class SegmentRunner:
         recorder: None runs every pack as it is.
     """
 
-    def __init__(self, model: SegmentedModel, pool: KvPool, recorder: Recorder | None) -> None:
+    def __init__(self, model: SegmentedModel, pool: KvStore, recorder: Recorder | None) -> None:
         self._model, self._pool, self._recorder = model, pool, recorder
         self._frames: dict[Bucket, _Frame] = {}
 

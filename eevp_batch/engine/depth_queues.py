@@ -7,7 +7,7 @@ is touched, so the policy is tested without a model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -72,28 +72,40 @@ class DepthQueues(Generic[T]):
                     queue.remove(entry)
                     return
 
-    def pop(self, cost: Callable[[int, T], int]) -> Batch[T] | None:
+    def pop(
+        self,
+        cost: Callable[[int, T], int],
+        depths: Collection[int] | None = None,
+        most: int | None = None,
+    ) -> Batch[T] | None:
         """Take the next batch, or None when nobody waits.
 
         Args:
             cost: packed tokens that (depth, sequence) would bring.
+            depths: the queues to look at; None: all.
+            most: sequences to take at most, fewer than `max_batch`; None: that many.
         """
-        if not len(self):
+        waiting = [
+            depth
+            for depth, queue in enumerate(self._queues)
+            if queue and (depths is None or depth in depths)
+        ]
+        if not waiting:
             return None
         self._now += 1
-        depth = self._choose()
+        depth = self._choose(waiting)
         queue = self._queues[depth]
         batch: list[T] = []
         room = self.max_tokens
-        while queue and len(batch) < self.max_batch:
+        most = self.max_batch if most is None else min(most, self.max_batch)
+        while queue and len(batch) < most:
             room -= cost(depth, queue[0][1])
             if room < 0 and batch:
                 break
             batch.append(queue.popleft()[1])
         return Batch(depth, batch)
 
-    def _choose(self) -> int:
-        waiting = [depth for depth, queue in enumerate(self._queues) if queue]
+    def _choose(self, waiting: list[int]) -> int:
         oldest = min(waiting, key=lambda depth: self._queues[depth][0][0])
         if self._now - self._queues[oldest][0][0] > self.age_cap:
             return oldest

@@ -43,6 +43,10 @@ class Sampler:
         if max_drafts and sampling.temperature > 0:
             self._kept = DraftChoices(max_resident, max_drafts, num_choices, device)
 
+    def keep_with(self, other: Sampler) -> None:
+        """Keep what drafts are drawn from where another sampler, on any device, looks for it."""
+        self._kept = other._kept
+
     def draw(
         self,
         scores: torch.Tensor,
@@ -127,14 +131,15 @@ class DraftChoices:
         """Keep the choices of a draft of each seat.
 
         Args:
-            seats: [B].
+            seats: [B], like the others on any device.
             steps: [B] numbers of the generated tokens.
             found: [B, C'] with C' <= C; their columns are ids.
         """
-        width = found.columns.shape[1]
+        width, device = found.columns.shape[1], self._ids.device
+        seats, steps = seats.to(device), steps.to(device)
         slots = steps % self._ids.shape[1]
-        self._ids[seats, slots, :width] = found.columns.int()
-        self._probabilities[seats, slots, :width] = found.probabilities
+        self._ids[seats, slots, :width] = found.columns.int().to(device)
+        self._probabilities[seats, slots, :width] = found.probabilities.to(device)
         self._ids[seats, slots, width:] = 0
         self._probabilities[seats, slots, width:] = 0.0
 

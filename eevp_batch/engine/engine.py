@@ -5,53 +5,38 @@ The queues decide, the model computes, the engine introduces them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from contextlib import nullcontext
 
 import torch
 
-from eevp_batch.engine.cuda_graphs import SegmentRunner, recorder_for
-from eevp_batch.engine.depth_queues import DepthQueues
-from eevp_batch.engine.exits import Decision, ExitRule
+from eevp_batch.engine.crew import Crew
+from eevp_batch.engine.depth_queues import Batch, DepthQueues
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
-from eevp_batch.engine.packing import PackedTokens, pack
 from eevp_batch.engine.prefixes import Prefixes
 from eevp_batch.engine.proposals import Proposal
 from eevp_batch.engine.residents import Residents
+from eevp_batch.engine.results import Detokenizer, Results
 from eevp_batch.engine.sampling import generation_seed
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import ScoredTokens, Sequence, ShortPrompt
-from eevp_batch.engine.shortage import is_out_of_memory
+from eevp_batch.engine.sequence import Sequence, ShortPrompt
+from eevp_batch.engine.stage import Ran, Stage, make_rules, make_stages
 from eevp_batch.engine.stats import EngineStats
-from eevp_batch.engine.stops import StopStrings
-from eevp_batch.errors import (
-    EngineStalledError,
-    NonFiniteScoresError,
-    RowError,
-    RowTimeoutError,
-    UsageError,
-)
-from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
+from eevp_batch.errors import EngineStalledError, RowError, UsageError
+from eevp_batch.records import Generation, Prompt, RowFailure
 from eevp_batch.spec import ExitSpec, SamplingSpec
 
 PROJECTED_PER_RUN = 8
 """Tokens that are only projected for the cost of one that runs; each takes 3 to 17 % of a layer."""
 
 
-class Detokenizer(Protocol):
-    """The one thing the engine asks of a tokenizer."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """Text of the ids."""
-
-
 class Engine:
     """Generates for many prompts at once; a row's output depends on the row alone.
 
     Args:
-        model: a decoder cut at its exit layers.
+        model: a decoder cut at its exit layers; where it has several parts, or one that keeps to
+            some cores, each gets a thread that runs its segments.
         tokenizer: for the text of a generation and for stop strings.
         exits: confidence, thresholds, pruning.
         sampling: how tokens are chosen and when a generation ends.
@@ -65,7 +50,7 @@ class Engine:
         encode: token ids of a string prompt; None where prompts come as token ids only.
         queues: who waits where.
         stats: counters.
-        runner: runs packs through segments.
+        stages: what runs on each device.
     """
 
     def __init__(
@@ -80,21 +65,8 @@ class Engine:
         proposal: Proposal | None = None,
         short_prompt: ShortPrompt | None = None,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._exits, self._sampling, self._end_ids = exits, sampling, end_ids
+        self._model, self._exits, self._sampling = model, exits, sampling
         self._limits, self._short_prompt = limits, short_prompt
-        self._stops = StopStrings(sampling.stop, self._decode)
-        self._rule = ExitRule(
-            head=model,
-            exit_layers=model.exit_layers,
-            prune_layer=prune_layer,
-            exits=exits,
-            sampling=sampling,
-            always_kept=sorted(end_ids),
-            max_resident=limits.max_resident,
-            max_batch=limits.max_batch,
-            proposal=proposal,
-        )
         self.queues: DepthQueues[Sequence] = DepthQueues(
             model.num_segments,
             limits.max_batch,
@@ -110,10 +82,23 @@ class Engine:
             self.stats,
             limits,
             sampling.max_new_tokens,
-            self._rule.watch,
+            self._watch,
             short_prompt,
         )
-        self.runner = SegmentRunner(model, self.pool, recorder_for(model))
+        rules = make_rules(model, exits, sampling, prune_layer, sorted(end_ids), limits, proposal)
+        self.stages = make_stages(model, rules, self.pool)
+        self._results = Results(
+            model.exit_layers,
+            tokenizer,
+            sampling.stop,
+            end_ids,
+            self.queues,
+            self._residents,
+            self.stats,
+            self._watch,
+        )
+        has_threads = len(self.stages) > 1 or bool(model.place.cores)
+        self._crew = Crew(self.stages, self) if has_threads else None
 
     @property
     def model(self) -> SegmentedModel:
@@ -138,7 +123,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """True when nothing is waiting, resident or on its way."""
-        return not self._residents.arrivals and not len(self.queues)
+        return not self.has_work and not self.has_results
 
     @property
     def has_room(self) -> bool:
@@ -147,18 +132,19 @@ class Engine:
 
     def add(self, prompt: Prompt) -> None:
         """Queue one prompt; it becomes resident when memory allows."""
-        seed = generation_seed(self._sampling.seed, prompt.row_id, prompt.sample_index)
-        self._residents.arrivals.append(
-            Sequence(
-                prompt,
-                self._model.num_segments,
-                self._sampling.max_new_tokens,
-                seed,
-                self._exits.kv,
-                self._exits.max_waiting,
-                self._short_prompt,
-            )
+        sequence = Sequence(
+            prompt,
+            self._model.num_segments,
+            self._sampling.max_new_tokens,
+            generation_seed(self._sampling.seed, prompt.row_id, prompt.sample_index),
+            self._exits.kv,
+            self._exits.max_waiting,
+            self._short_prompt,
         )
+        with self._crew.lock if self._crew else nullcontext():
+            self._residents.arrivals.append(sequence)
+            if self._crew:
+                self._crew.tell()
 
     def give_up(self, tag: int) -> int:
         """Drop the prompts with this tag, between steps; how many there were."""
@@ -177,18 +163,22 @@ class Engine:
         """
         source = enumerate(prompts)
         is_open = True
-        while is_open or not self.is_idle:
-            while is_open and self.has_room:
-                row = next(source, None)
-                if row is None:
-                    is_open = False
-                    break
-                try:
-                    self.add(self._prompt(*row))
-                except RowError as error:
-                    yield RowFailure(row[0], type(error).__name__, str(error))
-            if not self.is_idle:
-                yield from self.step()
+        try:
+            while is_open or not self.is_idle:
+                while is_open and self.has_room:
+                    row = next(source, None)
+                    if row is None:
+                        is_open = False
+                        break
+                    try:
+                        self.add(self._prompt(*row))
+                    except RowError as error:
+                        yield RowFailure(row[0], type(error).__name__, str(error))
+                if not self.is_idle:
+                    yield from self.step()
+        finally:
+            if self._crew:
+                self._crew.stop()
         self.prefixes.clear()
 
     def _prompt(self, number: int, prompt: Prompt | str) -> Prompt:
@@ -200,9 +190,10 @@ class Engine:
             )
         return Prompt(row_id=number, token_ids=self.encode(prompt))
 
-    @torch.inference_mode()
     def step(self) -> list[Generation | RowFailure]:
         """Run one batch through one segment; returns what it finished.
+
+        On several devices: wait until one of them has run a batch, while the others go on.
 
         Where memory runs out the batch halves and its sequences start again; one that does not fit
         alone fails.
@@ -210,139 +201,91 @@ class Engine:
         Raises:
             EngineStalledError: nothing could run although work remains.
         """
-        refused = [_failure(*found) for found in self._residents.admit()]
-        batch = self.queues.pop(_cost)
+        if self._crew is not None:
+            self._crew.step()
+            with self._crew.lock:
+                return self._results.drain()
+        self._turn(self.stages[0])
+        return self._results.drain()
+
+    @torch.inference_mode()
+    def _turn(self, stage: Stage) -> None:
+        """What each thread of several devices does again and again."""
+        batch = self.take(stage)
         if batch is None:
-            if not refused and not self.is_idle:
-                raise EngineStalledError(
-                    f"{len(self._residents.arrivals)} sequences wait and none could be admitted"
-                )
-            return [*refused]
-        depth, sequences = batch
-        if depth == 0:
+            if not self.has_results:
+                self.check_stall()
+            return
+        sequences = self.grow(batch.sequences, set())
+        if sequences:  # else all of them start again
+            batch = Batch(batch.depth, sequences)
+            self.give_back(batch, stage.run(*batch))
+
+    # --- what the threads of several devices share, see `crew.Desk` -------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or is resident."""
+        return len(self._residents.arrivals) + len(self._residents) > 0
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything is finished that `step` has not returned yet."""
+        return len(self._results) > 0
+
+    def take(self, stage: Stage) -> Batch[Sequence] | None:
+        """Admit who fits, and take the next batch for a device; None where nobody waits there."""
+        if 0 in stage.depths:
+            for found in self._residents.admit():
+                self._results.fail(*found)
+        fair = -(-len(self._residents) // len(self.stages))  # that the others have work too
+        batch = self.queues.pop(_cost, stage.depths, fair if len(self.stages) > 1 else None)
+        if batch is not None and batch.depth == 0:
             self._residents.entered()
-        sequences = self._residents.grow(sequences)
-        if not sequences:  # all of them start again
-            return [*refused]
-        found = self._run(depth, sequences)
-        if found is None:
+        return batch
+
+    def grow(self, sequences: list[Sequence], running: set[Sequence]) -> list[Sequence] | None:
+        """See `Residents.grow`; on one device never None."""
+        return self._residents.grow(sequences, running)
+
+    def put_back(self, batch: Batch[Sequence]) -> None:
+        """A batch that was taken and does not run."""
+        for sequence in batch.sequences:
+            if sequence.seat >= 0:
+                self.queues.push(batch.depth, sequence)
+
+    def give_back(self, batch: Batch[Sequence], ran: Ran | None) -> None:
+        """Record what a batch has come to; make do where there was no memory to run it."""
+        depth, sequences = batch
+        if ran is None:
             cost = sum(_cost(depth, sequence) for sequence in sequences)
-            too_large = self._residents.make_do(sequences, cost)
-            return [*refused, *(_failure(*found) for found in too_large)]
-        tokens, decision = found
+            device = self._model.part(depth).device
+            for found in self._residents.make_do(sequences, cost, device):
+                self._results.fail(*found)
+            return
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
-        self.stats.packed_tokens += tokens.num_tokens
-        return [*refused, *self._record(depth, sequences, tokens.scored, decision)]
+        self.stats.packed_tokens += ran.num_tokens
+        self._results.record(depth, sequences, ran.scored, ran.decision)
 
-    def _run(self, depth: int, sequences: list[Sequence]) -> tuple[PackedTokens, Decision] | None:
-        """What the model and the exits say of a batch; None where memory ran out.
+    def check_stall(self) -> None:
+        """Called where nothing runs and nothing could be taken.
 
-        With the exception go the activations that its traceback keeps alive.
+        Raises:
+            EngineStalledError: work remains all the same.
         """
-        try:
-            tokens = pack(sequences, depth, self.pool, self._model.layers.row_multiple)
-            states = self.runner.run(depth, tokens)
-            scored = ScoredTokens.of(sequences, tokens.scored)
-            return tokens, self._rule.decide(depth, states, scored)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        if self.has_work and not len(self.queues):
+            raise EngineStalledError(
+                f"{len(self._residents.arrivals)} sequences wait and none could be admitted"
+            )
 
-    def _record(
-        self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
-    ) -> list[Generation | RowFailure]:
-        """Stayers go one deeper, leavers emit and start again at depth 0 or finish."""
-        results: list[Generation | RowFailure] = []
-        exit_layer = self._model.exit_layers[depth]
-        stop, now_s = 0, time.monotonic()
-        for sequence, positions in zip(sequences, scored, strict=True):
-            start, stop = stop, stop + len(positions)
-            if not all(decision.is_finite[start:stop]):
-                error = NonFiniteScoresError(
-                    f"scores after layer {exit_layer} are not finite at generated token "
-                    f"{sequence.num_generated}"
-                )
-                results.append(_failure(sequence, error))
-                self._residents.taint(sequence)
-                self._residents.leave(sequence)
-            elif now_s > sequence.deadline_s:
-                results.append(_failure(sequence, _timeout(sequence)))
-                self._residents.leave(sequence)
-            elif not decision.leaves[stop - 1]:
-                sequence.mark_filled(depth)
-                self.queues.push(depth + 1, sequence)
-            else:
-                exits = [
-                    TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
-                    for row in range(start, stop)
-                ]
-                results += self._settle(depth, sequence, exits)
-        return results
-
-    def _settle(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
-        """Let the front token leave; the generation goes on, has its end judged, or is finished."""
-        settled = sequence.leave(depth, exits)
-        self.stats.count(settled)
-        self._rule.watch(sequence.seat, [exit.token_id for exit in settled.exits])
-        if sequence.finish_reason is None:
-            sequence.finish_reason = self._finish_reason(sequence)
-        if sequence.finish_reason is None:
-            self.queues.push(0, sequence)
-        elif sequence.num_drafts:
-            self.queues.push(depth + 1, sequence)
-        else:
-            return [self._finish(sequence)]
-        return []
-
-    def _finish_reason(self, sequence: Sequence) -> str | None:
-        if sequence.token_ids[-1] in self._end_ids:
-            return "eos"
-        if self._stops.is_reached(sequence.token_ids, sequence.num_prompt):
-            return "stop"
-        return "length" if sequence.num_generated >= sequence.max_new_tokens else None
-
-    def _finish(self, sequence: Sequence) -> Generation:
-        text = self._decode(sequence.token_ids[sequence.num_prompt :])
-        if sequence.finish_reason == "stop":
-            text = self._stops.cut(text)
-        generation = Generation(
-            row_id=sequence.prompt.row_id,
-            sample_index=sequence.prompt.sample_index,
-            prompt_tokens=sequence.num_prompt,
-            exits=sequence.exits,
-            text=text,
-            finish_reason=str(sequence.finish_reason),
-            seed=sequence.seed,
-            num_layers=self._model.num_layers,
-            tag=sequence.prompt.tag,
-        )
-        self._residents.leave(sequence)
-        self.stats.finished += 1
-        return generation
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def _watch(self, seat: int, token_ids: list[int], *, start: bool = False) -> None:
+        """Tell the exits of every device; see `ExitRule.watch`."""
+        for stage in self.stages:
+            stage.rule.watch(seat, token_ids, start=start)
 
 
 def _cost(depth: int, sequence: Sequence) -> int:
     """About as many packed tokens as what a sequence brings into segment `depth` costs."""
     waiting = sequence.waiting(depth)
     return len(waiting.run) + waiting.num_projected // PROJECTED_PER_RUN
-
-
-def _timeout(sequence: Sequence) -> RowTimeoutError:
-    return RowTimeoutError(
-        f"not finished after {sequence.prompt.timeout_s:g} seconds in the engine "
-        f"(run.row_timeout_s); {sequence.num_generated} tokens had been generated"
-    )
-
-
-def _failure(sequence: Sequence, error: RowError) -> RowFailure:
-    return RowFailure(
-        row_id=sequence.prompt.row_id,
-        error_class=type(error).__name__,
-        message=str(error),
-        tag=sequence.prompt.tag,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,6 +162,7 @@ class ExitRule:
         max_resident: seats.
         max_batch: most rows per call; decides once how pruned scores are computed.
         proposal: proposes the ids to keep; None: the head itself.
+        borders: 0-based segments after which nobody may leave and nothing is decided.
 
     Raises:
         UsageError: K is smaller than the number of ids that are always kept.
@@ -178,17 +179,19 @@ class ExitRule:
         max_resident: int,
         max_batch: int,
         proposal: Proposal | None = None,
+        borders: Collection[int] = (),
     ) -> None:
         self._head, self._exits, self._sampling = head, exits, sampling
-        self._proposal = proposal
+        self._proposal, self._borders = proposal, borders
         weight = head.head_weight
         self._device, self._vocab_size = weight.device, weight.shape[0]
         self._exit_layers, self._last = exit_layers, len(exit_layers) - 1
         self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
         thresholds = exits.threshold
-        self._thresholds = (
-            list(thresholds) if isinstance(thresholds, list) else [thresholds] * self._last
-        )
+        early = [depth for depth in range(self._last) if depth not in borders]
+        if not isinstance(thresholds, list):
+            thresholds = [thresholds] * len(early)
+        self._thresholds = dict(zip(early, thresholds, strict=False))  # none where exits are off
         self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
         self._k = min(exits.vocab.top_k or self._vocab_size, self._vocab_size)
         if self._k < len(self._always):
@@ -234,6 +237,8 @@ class ExitRule:
             tokens: what else is known of them.
         """
         count = len(tokens.seats)
+        if depth in self._borders:
+            return Decision([0] * count, [0.0] * count, [False] * count, [True] * count)
         num_parts = 1 if self._device.type == "cuda" else -(-count // DECIDED_ROWS)
         step = -(-count // num_parts)
         parts = [slice(start, start + step) for start in range(0, count, step)]
@@ -248,6 +253,20 @@ class ExitRule:
             ],
             is_finite=[bool(good) for good in host[3]],
         )
+
+    def hand_on(self, other: ExitRule, seats: Sequence[int]) -> None:
+        """Give the device that comes next what seats have of their tokens' vocabulary."""
+        if self._prune_depth is None:
+            return
+        index = to_device(seats, torch.int64, self._device)
+        kept, outside = self._kept_ids[index], self._outside[index]
+        index = index.to(other._device)
+        other._kept_ids[index] = kept.to(other._device)
+        other._outside[index] = outside.to(other._device)
+
+    def keep_drafts_with(self, last: ExitRule) -> None:
+        """Leave what drafts are drawn from where they are judged."""
+        self._sampler.keep_with(last._sampler)
 
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
         """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""

@@ -52,8 +52,11 @@ def fill_prefix(
     num_packed = 0
     try:
         for depth in range(model.num_segments):
-            tokens = pack([prefix], depth, pool, model.layers.row_multiple)
-            model.run_segment(depth, tokens, pool)
+            part = model.part(depth)
+            store = pool.stores[model.parts.index(part)]
+            with part.run_lock, part.place.current():
+                tokens = pack([prefix], depth, store, part.layers.row_multiple)
+                part.run_segment(depth, tokens, store)
             prefix.mark_filled(depth)
             num_packed += tokens.num_tokens
     except BaseException:

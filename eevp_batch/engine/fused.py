@@ -19,9 +19,11 @@ from torch import nn
 
 from eevp_batch.engine import native
 from eevp_batch.engine.bridges import Bridges, SkippingTokens
-from eevp_batch.engine.kv_cache import PAGE_SIZE, KvLayout, KvPool
+from eevp_batch.engine.decoder_part import DecoderPart
+from eevp_batch.engine.kv_store import PAGE_SIZE, KvLayout, KvStore
 from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.stored_weights import present, settle
 
 BLOCK_ROWS = 4
 """Rows of one sequence that attention takes at once, so that a key is read once for them."""
@@ -46,6 +48,12 @@ class FusedLayer:
         self.scaling: float = attention.scaling
 
 
+def _read(layer: Any) -> FusedLayer:
+    """One layer; what was read of it to lay it out is let go."""
+    with present(layer):
+        return FusedLayer(layer)
+
+
 def _float_copy(norm: nn.Module) -> torch.Tensor:
     """A norm's weight in float32. Copied: a tensor of a mapped file keeps all of it in memory."""
     weight: torch.Tensor = norm.weight  # type: ignore[assignment]
@@ -65,14 +73,14 @@ def _stacked(parts: Sequence[nn.Linear]) -> PackedLinear:
     return PackedLinear(torch.cat([part.weight for part in parts]), bias)
 
 
-def can_fuse(model: Any) -> str | None:
-    """Why this model's layers cannot run here; None when they can."""
-    config, weight = model.config, model.lm_head.weight
-    attention = model.model.layers[0].self_attn
-    if weight.device.type != "cpu":
-        return f"device {weight.device.type}"
-    if native.kernels(weight.dtype) is None:
-        return f"no kernels for {weight.dtype}"
+def can_fuse(part: DecoderPart) -> str | None:
+    """Why a model's layers cannot run here on their device; None when they can."""
+    config, dtype = part.config, part.head.weight.dtype
+    attention = part.layers[part.indices.start].self_attn
+    if part.device.type != "cpu":
+        return f"device {part.device.type}"
+    if native.kernels(dtype) is None:
+        return f"no kernels for {dtype}"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act}"
     if attention.head_dim % 8 or attention.head_dim > 256:
@@ -86,7 +94,7 @@ class FusedLayers:
     """Runs layers over packed tokens.
 
     Args:
-        model: a `...ForCausalLM` for which `can_fuse` has no objection.
+        part: layers to which `can_fuse` has no objection; what is needed of it is copied.
         head_weight: a copy of its head.
 
     Attributes:
@@ -98,23 +106,27 @@ class FusedLayers:
     page_size = PAGE_SIZE
     row_multiple = FEWEST_ROWS
 
-    def __init__(self, model: Any, head_weight: torch.Tensor) -> None:
-        config, weight = model.config, model.lm_head.weight
-        kernels = native.kernels(weight.dtype)
+    def __init__(self, part: DecoderPart, head_weight: torch.Tensor) -> None:
+        config = part.config
+        kernels = native.kernels(head_weight.dtype)
         if kernels is None:
-            raise ValueError(f"no kernels for {weight.dtype}")
+            raise ValueError(f"no kernels for {head_weight.dtype}")
         self._kernels = kernels
-        self._dtype: torch.dtype = weight.dtype
+        self._dtype: torch.dtype = head_weight.dtype
         self._eps: float = config.rms_norm_eps
-        self._layers = [FusedLayer(layer) for layer in model.model.layers]
+        self._layers = {index: _read(layer) for index, layer in part.layers.items()}
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
-        self._head_size: int = model.model.layers[0].self_attn.head_dim
-        self._rotary: nn.Module = model.model.rotary_emb
-        embed: torch.Tensor = model.model.embed_tokens.weight.detach()
-        self._embed = head_weight if embed.data_ptr() == weight.data_ptr() else embed.clone()
-        self._final_norm: torch.Tensor = _float_copy(model.model.norm)
-        self._head = PackedLinear(weight)
+        self._head_size: int = part.layers[part.indices.start].self_attn.head_dim
+        self._rotary: nn.Module = part.rotary
+        settle(self._rotary, part.device)
+        self._embed = head_weight
+        if part.embedding is not None and not part.is_tied:
+            with present(part.embedding):
+                self._embed = part.embedding.weight.detach().clone()
+        with present(part.norm):
+            self._final_norm: torch.Tensor = _float_copy(part.norm)
+        self._head = PackedLinear(head_weight)
         self._scratch: dict[str, torch.Tensor] = {}
         self.bridges: Bridges | None = None
 
@@ -123,7 +135,7 @@ class FusedLayers:
         return self._embed.index_select(0, token_ids).float()
 
     def run(
-        self, indices: range, hidden: torch.Tensor, tokens: PackedTokens, pool: KvPool
+        self, indices: range, hidden: torch.Tensor, tokens: PackedTokens, pool: KvStore
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run layers `indices` (0-based) over hidden [N, E], which is overwritten.
 
@@ -200,7 +212,7 @@ class FusedLayers:
         self._kernels.eevp_silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
 
-    def _attention(self, tokens: PackedTokens, pool: KvPool) -> _Attention:
+    def _attention(self, tokens: PackedTokens, pool: KvStore) -> _Attention:
         """The attention call of the rows of a pack."""
         rows, width = tokens.num_rows, self._num_heads * self._head_size
         blocks, seats = _blocks(tokens)
@@ -239,7 +251,7 @@ class _Attention:
     out: torch.Tensor
 
     def __init__(
-        self, layers: FusedLayers, pool: KvPool, positions: torch.Tensor, slots: torch.Tensor
+        self, layers: FusedLayers, pool: KvStore, positions: torch.Tensor, slots: torch.Tensor
     ) -> None:
         like = torch.empty(1, dtype=torch.float32)  # so that angles are float32, [1, N, D]
         cosine, sine = layers._rotary(like, position_ids=positions[None])
@@ -295,7 +307,7 @@ def _blocks(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
 class _Waiting:
     """The tokens of a pack that are only projected."""
 
-    def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvPool) -> None:
+    def __init__(self, layers: FusedLayers, tokens: PackedTokens, pool: KvStore) -> None:
         self._layers = layers
         self._attention = _Attention(layers, pool, tokens.project_positions, tokens.project_slots)
         self._skipping = SkippingTokens(layers, tokens, pool)

@@ -9,29 +9,19 @@ sequences that begin with the same tokens, so that a page is the n-th page of al
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence as SequenceOf
 
-import numpy
 import torch
 
+from eevp_batch.engine.kv_store import PAGE_SIZE, SCRATCH_PAGE, FirstStates, KvLayout, KvStore
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineError
 
-PAGE_SIZE = 16
-"""Tokens of a page, unless the attention kernel of a device wants another number."""
-KvLayout = Literal["lane", "head", "token"]
-"""How a page of keys and values lies in memory: [num_kv_heads, page_size, D] by `head`; the same
-with keys [num_kv_heads, D, page_size] by `lane`, as the CPU kernels read it; and
-[page_size, num_kv_heads, D] by `token`, as paged kernels on a GPU do."""
-FirstStates = Literal["hidden", "own"]
-"""Where the state after the first exit layer stays: with the one that a token waits with, or in a
-place of its own."""
-SCRATCH_PAGE = 0
-"""Page 0 belongs to nobody: rows that only pad a batch write there."""
 
+class KvPool(KvStore):
+    """Keys, values and hidden states of all resident sequences, on one device or several.
 
-class KvPool:
-    """Keys, values and hidden states of all resident sequences.
+    It is the store of the first device, and knows the others: a page is a page on all of them.
 
     Pages are *promised* when a sequence is admitted, for as many tokens as it is expected to have,
     and *allocated* as it grows; memory that nobody writes is never touched. A sequence that grows
@@ -39,7 +29,7 @@ class KvPool:
 
     Args:
         num_pages: pages to hold, the scratch page apart.
-        num_layers: L.
+        num_layers: layers on the first device; L where it is the only one.
         num_kv_heads: heads of keys and values.
         head_size: D.
         hidden_size: E.
@@ -51,10 +41,10 @@ class KvPool:
         layout: how a page lies in memory.
         page_size: tokens of a page.
         first: where states after the first exit layer stay; None: nobody asks for them.
+        others: the other devices' stores, of as many pages, in the order in which tokens come by.
 
     Attributes:
-        page_table: [max_resident + 1, max_pages] int64 in host memory, whatever the device; unused
-            entries point at the scratch page. A step sends the rows that it needs.
+        stores: of all devices, this one first.
     """
 
     def __init__(
@@ -72,26 +62,26 @@ class KvPool:
         layout: KvLayout = "head",
         page_size: int = PAGE_SIZE,
         first: FirstStates | None = None,
+        others: SequenceOf[KvStore] = (),
     ) -> None:
-        num_slots = (num_pages + 1) * page_size
-        self.num_pages, self.page_size, self.device = num_pages, page_size, device
+        super().__init__(
+            num_pages,
+            range(num_layers),
+            num_kv_heads,
+            head_size,
+            hidden_size,
+            dtype,
+            device,
+            hidden_dtype,
+            layout,
+            page_size,
+            first,
+        )
         self.max_pages = min(max_pages, num_pages)
-        self.num_kv_heads, self._head_size, self._layout = num_kv_heads, head_size, layout
-        self._heads = torch.arange(num_kv_heads, device=device)
-        # [L] stores of num_pages + 1 pages, flat.
-        size = num_slots * num_kv_heads * head_size
-        self.keys = [_zeros(size, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(size, dtype, device) for _ in range(num_layers)]
-        self.pointers = [
-            (key.data_ptr(), value.data_ptr())
-            for key, value in zip(self.keys, self.values, strict=True)
-        ]
-        # [num_slots, E]
-        self.hidden = _zeros(num_slots * hidden_size, hidden_dtype, device).view(num_slots, -1)
-        self.first = None if first is None else self.hidden  # [num_slots, E]
-        if first == "own":
-            self.first = torch.zeros_like(self.hidden)
-        self.page_table = torch.zeros(max_resident + 1, self.max_pages, dtype=torch.int64)
+        self.stores: list[KvStore] = [self, *others]
+        table = torch.zeros(max_resident + 1, self.max_pages, dtype=torch.int64)
+        for number, store in enumerate(self.stores, 1):
+            store.page_table, store.deeper = table, self.stores[number:]
         self._free_pages = list(range(num_pages, 0, -1))
         self._free_seats = list(range(max_resident - 1, -1, -1))
         self._prefix_seat = max_resident
@@ -175,9 +165,8 @@ class KvPool:
         self._num_promised += sequence.promised
         if num_shared % self.page_size:
             self._allocate(sequence)
-            for store in self._stores():
-                pages = store.view(self.num_pages + 1, -1)
-                pages[sequence.pages[-1]] = pages[shared[num_whole]]
+            for store in self.stores:
+                store.copy_page(sequence.pages[-1], shared[num_whole])
         sequence.share(num_shared)
 
     def seat_prefix(self, sequence: Sequence, shared: list[int], num_shared: int) -> None:
@@ -205,8 +194,8 @@ class KvPool:
             self._free_pages.append(page)
             if page in self._tainted:
                 self._tainted.remove(page)
-                for store in self._stores():
-                    store.view(self.num_pages + 1, -1)[page] = 0
+                for store in self.stores:
+                    store.clear_page(page)
 
     def grow(self, sequence: Sequence) -> bool:
         """Allocate pages up to the front token; False when they run out on the way."""
@@ -244,90 +233,3 @@ class KvPool:
         """Where position `position` of the sequence lives."""
         page, offset = divmod(position, self.page_size)
         return sequence.pages[page] * self.page_size + offset
-
-    def states_before(self, slots: torch.Tensor) -> torch.Tensor | None:
-        """States after the first exit layer at slots [W], zeros at slot 0; [W, E].
-
-        None where they are not kept.
-        """
-        if self.first is None:
-            return None
-        return self.first.index_select(0, slots).masked_fill_((slots == 0)[:, None], 0.0)
-
-    def _stores(self) -> list[torch.Tensor]:
-        """Everything that lies in pages."""
-        states = [self.hidden]
-        if self.first is not None and self.first is not self.hidden:
-            states.append(self.first)
-        return [*self.keys, *self.values, *states]
-
-    # --- keys and values -------------------------------------------------------------------------
-
-    def write(
-        self, layer_index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Store keys (after rotary) and values, both [N, num_kv_heads, D], at slots [N]."""
-        if self._layout == "token":  # one kernel each, whatever the heads
-            for store, part in zip(self.by_page(layer_index), (key, value), strict=True):
-                store.flatten(0, 1).index_copy_(0, slots, part)
-            return
-        index = self._elements(slots)
-        keys, values = self._by_head(layer_index)
-        keys[index] = key
-        values[index] = value
-
-    def tokens(self, layer_index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the keys and values at slots [N], both [N, num_kv_heads, D]."""
-        index = self._elements(slots)
-        keys, values = self._by_head(layer_index)
-        return keys[index], values[index]
-
-    def by_page(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as they lie by `token`, [num_pages + 1, page_size, num_kv_heads, D]."""
-        shape = (self.num_pages + 1, self.page_size, self.num_kv_heads, self._head_size)
-        return self.keys[layer_index].view(shape), self.values[layer_index].view(shape)
-
-    def read(self, layer_index: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the keys and values of whole pages [B, P].
-
-        Returns:
-            Two contiguous tensors [B, num_kv_heads, P * page_size, D].
-        """
-        batch, columns = pages.shape
-        rows = pages[:, None, :] * self.num_kv_heads + self._heads[None, :, None]
-        keys, values = (
-            store.flatten(0, 1).index_select(0, rows.flatten())
-            for store in self._by_head(layer_index)
-        )
-        shape = (batch, self.num_kv_heads, columns * self.page_size, self._head_size)
-        return keys.reshape(shape), values.reshape(shape)
-
-    def _elements(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Index of the tokens at slots [N] in what `_by_head` gives."""
-        column = slots[:, None]
-        return column // self.page_size, self._heads[None], column % self.page_size
-
-    def _by_head(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [num_pages + 1, num_kv_heads, page_size, D] of a layer's keys and values."""
-        if self._layout == "token":
-            keys, values = self.by_page(layer_index)
-            return keys.transpose(1, 2), values.transpose(1, 2)
-        stem = (self.num_pages + 1, self.num_kv_heads)
-        values = self.values[layer_index].view(*stem, self.page_size, self._head_size)
-        keys = self.keys[layer_index]
-        if self._layout == "lane":
-            return keys.view(*stem, self._head_size, self.page_size).transpose(2, 3), values
-        return keys.view(*stem, self.page_size, self._head_size), values
-
-
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros [size], for even a masked key must be finite.
-
-    On the CPU they come from `calloc`, so that memory nobody writes is never touched;
-    `torch.zeros` would touch all of it.
-    """
-    if device.type != "cpu":
-        # Never an inference tensor, wherever it is made: compiled kernels tell the two apart.
-        with torch.inference_mode(False):
-            return torch.zeros(size, dtype=dtype, device=device)
-    return torch.from_numpy(numpy.zeros(size * dtype.itemsize, dtype=numpy.uint8)).view(dtype)

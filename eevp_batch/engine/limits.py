@@ -50,20 +50,26 @@ class Limits:
 
 
 def page_bytes(model: SegmentedModel) -> int:
-    """Bytes of one page: keys, values and the hidden states of so many tokens."""
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * model.dtype.itemsize
-    state_bytes = model.hidden_size * model.layers.hidden_dtype.itemsize
-    num_states = 2 if model.first_states == "own" else 1
-    return model.layers.page_size * (kv_bytes + num_states * state_bytes)
+    """Bytes of one page on all devices: keys, values and the hidden states of so many tokens."""
+    return sum(_page_bytes(part) for part in model.parts)
+
+
+def _page_bytes(part: SegmentedModel) -> int:
+    per_layer = 2 * part.num_kv_heads * part.head_size * part.dtype.itemsize
+    state_bytes = part.hidden_size * part.layers.hidden_dtype.itemsize
+    num_states = 2 if part.first_states == "own" else 1
+    per_token = len(part.layer_indices) * per_layer + num_states * state_bytes
+    return part.layers.page_size * per_token
 
 
 def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: int) -> Limits:
     """Replace every `auto` by a number that fits this model and this machine.
 
-    The batch is 192 sequences on a CPU, 128 in float32, and 256 on a GPU. Resident are so many, and
-    a full batch for each depth but the first, so that the deep queues fill while the first one
-    runs. Keys and values get what those could use at full context, at most a quarter of the free
-    host memory and 4 GiB, or 85 % of the free device memory.
+    The batch is 192 sequences on a CPU, 128 in float32, and 256 on a GPU. Resident are so many for
+    each device, and a full batch for each depth but the first, so that the deep queues fill while
+    the first one runs. Keys and values get what those could use at full context, at most a quarter
+    of the free host memory and 4 GiB, or 85 % of the free device memory; the device with the least
+    room for them decides.
 
     Raises:
         UsageError: `engine.kv_memory` holds not even one page.
@@ -72,18 +78,11 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
     auto = AUTO_BATCH_FLOAT32 if model.dtype == torch.float32 else AUTO_BATCH
     max_batch = auto[kind] if engine.max_batch == "auto" else engine.max_batch
     full = full_batch(model, max_batch) if model.num_segments > 1 else max_batch
-    max_resident = max_batch + (model.num_segments - 1) * full
+    max_resident = len(model.parts) * max_batch + (model.num_segments - 1) * full
     if engine.max_resident != "auto":
         max_resident = engine.max_resident
     max_pages = -(-context_length // model.layers.page_size)
-    one_page = page_bytes(model)
-    budget = _auto_bytes(model.device) if engine.kv_memory == "auto" else engine.kv_memory
-    num_pages = min(int(budget) // one_page, max_resident * max_pages)
-    if num_pages < 1:
-        raise UsageError(
-            f"engine.kv_memory: found {budget} bytes; allowed: at least {one_page}, one page of "
-            f"{model.layers.page_size} tokens"
-        )
+    num_pages = min(_pages_that_fit(engine, model), max_resident * max_pages)
     return Limits(
         max_batch=max_batch,
         full_batch=full,
@@ -94,6 +93,28 @@ def resolve_limits(engine: EngineSpec, model: SegmentedModel, context_length: in
         max_pages=max_pages,
         shares_prefixes=engine.prefix_sharing,
     )
+
+
+def _pages_that_fit(engine: EngineSpec, model: SegmentedModel) -> int:
+    """Pages that the job's memory, or what is free on each device, has room for.
+
+    Raises:
+        UsageError: not one.
+    """
+    sizes: dict[torch.device, int] = {}  # of a page, by memory: parts of a CPU share one
+    for part in model.parts:
+        sizes[part.device] = sizes.get(part.device, 0) + _page_bytes(part)
+    if engine.kv_memory == "auto":
+        found = {device: (_auto_bytes(device), size) for device, size in sizes.items()}
+        budget, one_page = min(found.values(), key=lambda pair: pair[0] // pair[1])
+    else:
+        budget, one_page = engine.kv_memory, sum(sizes.values())
+    if budget < one_page:
+        raise UsageError(
+            f"engine.kv_memory: found {budget} bytes; allowed: at least {one_page}, one page of "
+            f"{model.layers.page_size} tokens"
+        )
+    return budget // one_page
 
 
 def _auto_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,14 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.devices import Device, replica_devices
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
 from eevp_batch.engine.limits import resolve_limits
+from eevp_batch.engine.placed_model import place_model
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
+from eevp_batch.engine.stored_weights import skeleton
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import FittedExitsError, ModelError
 from eevp_batch.model_config import (
@@ -31,39 +35,53 @@ from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, PromptSpec
 
 
 class Loaded(NamedTuple):
-    """A job's model, and what turns rows into its tokens."""
+    """A job's model, what turns rows into its tokens, and where it is to run."""
 
     weights: PreTrainedModel
     tokenizer: Any
     encoder: PromptEncoder
+    devices: Sequence[Device]
 
 
 def load_engine(
-    spec: JobSpec, model: ModelConfig, num_threads: int | None = None
+    spec: JobSpec,
+    model: ModelConfig,
+    num_threads: int | None = None,
+    num_gpus: float | None = None,
 ) -> tuple[Engine, PromptEncoder]:
     """The engine and the prompt encoder of a job; see `load_job_model`."""
-    loaded = load_job_model(spec, model, num_threads)
-    engine = build_engine(loaded.weights, loaded.tokenizer, spec.exit, spec.sampling, spec.engine)
-    return engine, loaded.encoder
+    weights, tokenizer, encoder, devices = load_job_model(spec, model, num_threads, num_gpus)
+    engine = build_engine(
+        weights, tokenizer, spec.exit, spec.sampling, spec.engine, devices=devices
+    )
+    return engine, encoder
 
 
-def load_job_model(spec: JobSpec, model: ModelConfig, num_threads: int | None = None) -> Loaded:
-    """Read a job's model and tokenizer.
+def load_job_model(
+    spec: JobSpec,
+    model: ModelConfig,
+    num_threads: int | None = None,
+    num_gpus: float | None = None,
+) -> Loaded:
+    """Read a job's tokenizer; its model, as far as that is not left to whoever cuts it.
 
     Args:
         spec: the job.
         model: what `read_model_config` said of its model.
         num_threads: CPU threads for torch; None leaves them alone.
+        num_gpus: GPUs to use; None: one, where there is any.
 
     Raises:
-        UsageError: the job's settings do not fit the model.
+        UsageError: the job's settings do not fit the model, or there are too few GPUs.
     """
+    devices = replica_devices(num_gpus)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     tokenizer = load_tokenizer(model, spec.model)
     room = prompt_room(spec.sampling, model)
     encoder = PromptEncoder(tokenizer, spec.prompt, spec.input, room)
-    return Loaded(load_weights(spec.model, model), tokenizer, encoder)
+    weights = load_weights(spec.model, model, devices[0].at)
+    return Loaded(weights, tokenizer, encoder, devices)
 
 
 def load(
@@ -100,14 +118,28 @@ def load(
     return engine
 
 
-def load_weights(spec: ModelSpec, model: ModelConfig) -> PreTrainedModel:
-    """The model on its device, in evaluation mode; safetensors only.
+def load_weights(
+    spec: ModelSpec, model: ModelConfig, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode, its weights still in their safetensors files.
+
+    Whoever cuts it reads them, each straight to its device; where they have to be read as a whole,
+    they are on the device already.
+
+    Args:
+        spec: number type, and whether the model brings code.
+        model: what `read_model_config` said of it.
+        device: where it computes; None: a GPU, where there is any.
 
     Raises:
         ModelError: the files do not hold what the configuration promises.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or replica_devices(None)[0].at
     try:
+        if not spec.trust_remote_code:
+            stored = skeleton(model.path, getattr(torch, spec.dtype), device)
+            if stored is not None:
+                return stored
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, spec.dtype),
@@ -178,6 +210,7 @@ def build_engine(
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
     cut: SegmentedModel | None = None,
+    devices: Sequence[Device] = (),
 ) -> Engine:
     """An engine around a loaded model.
 
@@ -190,12 +223,13 @@ def build_engine(
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
         cut: the model of another engine around the same weights; its layers are shared.
+        devices: where it runs, see `place_model`; none: where the model is.
 
     Raises:
-        UsageError: the settings do not fit the model or the device.
+        UsageError: the settings do not fit the model or the devices.
     """
     keep_freed_memory()
-    found = cut_model(weights, tokenizer, exit, fitted, kernel, cut)
+    found = cut_model(weights, tokenizer, exit, fitted, kernel, cut, devices, engine.kv_memory)
     return found.engine(tokenizer, exit, sampling, engine)
 
 
@@ -206,6 +240,8 @@ def cut_model(
     fitted: FittedExits | None = None,
     kernel: Kernel | None = None,
     cut: SegmentedModel | None = None,
+    devices: Sequence[Device] = (),
+    kv_memory: int | Literal["auto"] = "auto",
 ) -> CutModel:
     """Cut a loaded model as a job asks for, and let it use its fitted exits.
 
@@ -216,9 +252,11 @@ def cut_model(
         fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
         kernel: lets the model's own modules run, with this attention; None: what is fastest.
         cut: the model of another engine around the same weights; its layers are shared.
+        devices: where it runs, see `place_model`; none: where the model is.
+        kv_memory: bytes that keys and values may have, or what is free.
 
     Raises:
-        UsageError: the settings do not fit the model or the device.
+        UsageError: the settings do not fit the model or the devices.
     """
     if fitted is None and exit.mode == "on" and exit.heads is not None:
         fitted = FittedExits.load(Path(exit.heads))
@@ -228,7 +266,14 @@ def cut_model(
     factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
     # Before the model is cut.
     proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
-    model = cut.recut(exit_layers) if cut else SegmentedModel(weights, exit_layers, kernel)
+    if cut is not None:
+        model = cut.recut(exit_layers)
+    elif devices:
+        model = place_model(
+            weights, exit_layers, devices, None if kv_memory == "auto" else kv_memory
+        )
+    else:
+        model = SegmentedModel(weights, exit_layers, kernel)
     short_prompt = None
     if fitted is not None:
         model.use(_checked(fitted, exit, exit_layers))

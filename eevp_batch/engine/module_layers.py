@@ -6,20 +6,20 @@ exits or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eevp_batch.engine.attention import ATTENTION_NAME, Kernel
 from eevp_batch.engine.bridges import Bridges, SkippingTokens
+from eevp_batch.engine.decoder_part import DecoderPart
 from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.kernel_choice import choose_kernel
-from eevp_batch.engine.kv_cache import KvLayout, KvPool
+from eevp_batch.engine.kv_store import KvLayout, KvStore
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.paged_kernels import AttentionShape
 
@@ -28,7 +28,8 @@ class ModuleLayers:
     """Runs the model's own modules.
 
     Args:
-        model: a `...ForCausalLM`; its attention implementation is set to this package's.
+        part: the model's layers, on their device; its attention implementation is set to this
+            package's.
         kernel: what attends; None: what suits the model and its device.
 
     Attributes:
@@ -37,22 +38,22 @@ class ModuleLayers:
 
     row_multiple = ROW_MULTIPLE
 
-    def __init__(self, model: PreTrainedModel, kernel: Kernel | None = None) -> None:
-        model.config._attn_implementation = ATTENTION_NAME
-        self._layers: Sequence[Any] = model.model.layers
-        self._embed: nn.Embedding = model.model.embed_tokens
-        self._norm: nn.Module = model.model.norm
-        self._rotary: nn.Module = model.model.rotary_emb
-        self._head: nn.Linear = model.lm_head
+    def __init__(self, part: DecoderPart, kernel: Kernel | None = None) -> None:
+        part.config._attn_implementation = ATTENTION_NAME
+        self._layers: Mapping[int, Any] = part.layers
+        self._embed: nn.Embedding = part.embedding
+        self._norm: nn.Module = part.norm
+        self._rotary: nn.Module = part.rotary
+        self._head: nn.Linear = part.head
         self.bridges: Bridges | None = None
-        self.hidden_dtype: torch.dtype = model.lm_head.weight.dtype
+        self.hidden_dtype: torch.dtype = part.head.weight.dtype
         self.kernel = kernel or choose_kernel(
             AttentionShape(
-                device=model.lm_head.weight.device,
+                device=part.device,
                 dtype=self.hidden_dtype,
-                num_heads=model.config.num_attention_heads,
-                num_kv_heads=model.config.num_key_value_heads,
-                head_size=self._layers[0].self_attn.head_dim,
+                num_heads=part.config.num_attention_heads,
+                num_kv_heads=part.config.num_key_value_heads,
+                head_size=part.layers[part.indices.start].self_attn.head_dim,
             )
         )
         self.kv_layout: KvLayout = self.kernel.kv_layout
@@ -64,7 +65,7 @@ class ModuleLayers:
         return out
 
     def run(
-        self, indices: range, hidden: torch.Tensor, tokens: PackedTokens, pool: KvPool
+        self, indices: range, hidden: torch.Tensor, tokens: PackedTokens, pool: KvStore
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run layers `indices` (0-based) over hidden [N, E].
 
@@ -130,7 +131,7 @@ class ModuleLayers:
 class _Waiting:
     """The tokens of a pack that are only projected."""
 
-    def __init__(self, layers: ModuleLayers, tokens: PackedTokens, pool: KvPool) -> None:
+    def __init__(self, layers: ModuleLayers, tokens: PackedTokens, pool: KvStore) -> None:
         self._layers, self._pool, self._slots = layers, pool, tokens.project_slots
         self._rotary = layers._angles(tokens.project_positions, pool.hidden)
         self._skipping = SkippingTokens(layers, tokens, pool)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from eevp_batch.engine.kv_cache import SCRATCH_PAGE, KvPool
+from eevp_batch.engine.kv_store import SCRATCH_PAGE, KvStore
 from eevp_batch.engine.sequence import Kind, Origin, Sequence, Waiting
 from eevp_batch.engine.upload import columns_to_device
 
@@ -93,7 +93,7 @@ class PackedTokens:
 
 
 def pack(
-    sequences: SequenceOf[Sequence], depth: int, pool: KvPool, row_multiple: int
+    sequences: SequenceOf[Sequence], depth: int, pool: KvStore, row_multiple: int
 ) -> PackedTokens:
     """Pack what the sequences must bring into segment `depth`.
 
@@ -117,7 +117,7 @@ def pack(
 class _Rows:
     """The columns of a pack while it grows."""
 
-    def __init__(self, pool: KvPool, row_multiple: int) -> None:
+    def __init__(self, pool: KvStore, row_multiple: int) -> None:
         self._device, self._row_multiple = pool.device, row_multiple
         self._page_size = pool.page_size
         self._token_ids: list[int] = []

@@ -17,7 +17,7 @@ from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from eevp_batch.engine.attention import Layout
-from eevp_batch.engine.kv_cache import SCRATCH_PAGE, KvLayout, KvPool
+from eevp_batch.engine.kv_store import SCRATCH_PAGE, KvLayout, KvStore
 from eevp_batch.engine.packing import Lookup, PackedTokens, Span
 from eevp_batch.engine.upload import moved
 
@@ -52,7 +52,7 @@ class AttentionShape(NamedTuple):
 # --- which rows look where -----------------------------------------------------------------------
 
 
-def look_up(tokens: PackedTokens, pool: KvPool, most_rows: int | None = None) -> Lookup:
+def look_up(tokens: PackedTokens, pool: KvStore, most_rows: int | None = None) -> Lookup:
     """The runs of a pack, none longer than `most_rows`; one copy to the device."""
     starts, seats, lengths = [0], [], []
     for span in tokens.spans:
@@ -115,14 +115,14 @@ class Varlen:
             return f"no FlashAttention for heads of {shape.head_size}"
         return None
 
-    def layout(self, tokens: PackedTokens, pool: KvPool) -> Layout:
+    def layout(self, tokens: PackedTokens, pool: KvStore) -> Layout:
         """See `Kernel`."""
         return _VarlenLayout(self._run, tokens, pool, tokens.lookup or look_up(tokens, pool))
 
 
 class _VarlenLayout:
     def __init__(
-        self, run: Callable[..., Any], tokens: PackedTokens, pool: KvPool, lookup: Lookup
+        self, run: Callable[..., Any], tokens: PackedTokens, pool: KvStore, lookup: Lookup
     ) -> None:
         self._run, self._lookup = run, lookup
         self.pool, self.slots = pool, tokens.slots
@@ -198,7 +198,7 @@ class Flex:
             return f"no FlexAttention for heads of {shape.head_size}"
         return None
 
-    def layout(self, tokens: PackedTokens, pool: KvPool) -> FlexLayout:
+    def layout(self, tokens: PackedTokens, pool: KvStore) -> FlexLayout:
         """See `Kernel`."""
         lookup = tokens.lookup or look_up(tokens, pool, self._most_rows)
         return FlexLayout(self._run, tokens, pool, lookup, self._most_rows)
@@ -222,7 +222,7 @@ class FlexLayout:
         self,
         run: Callable[..., Any],
         tokens: PackedTokens,
-        pool: KvPool,
+        pool: KvStore,
         lookup: Lookup,
         most_rows: int,
     ) -> None:

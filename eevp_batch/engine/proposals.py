@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from eevp_batch.engine.invariance import ROW_MULTIPLE
 from eevp_batch.engine.packed_linear import PackedLinear
+from eevp_batch.engine.stored_weights import execution_device, present
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import VocabSpec
 
@@ -23,6 +24,9 @@ DEFAULT_RANK = 256
 _FIT_ROWS, _FIT_POSITIONS, _FIT_SEED = 16, 128, 0
 _RIDGE = 1e-3
 """Share of the mean variance that every direction gets, so that unseen ones are not thrown away."""
+
+
+_READ_ROWS = 8192
 
 
 class Proposal(Protocol):
@@ -51,8 +55,13 @@ class Int8Proposal:
                 "exit.vocab.proposal: found int8; allowed on this device: full, low_rank; int8 "
                 "needs a CPU with VNNI"
             )
-        scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127  # [V]
-        rounded = (weight.float() / scales[:, None]).round_().to(torch.int8)
+        rounded = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(len(weight))  # [V]
+        for start in range(0, len(weight), _READ_ROWS):  # in float32 all of it would be large
+            rows = slice(start, start + _READ_ROWS)
+            part = weight[rows].float()
+            scales[rows] = part.abs().amax(1).clamp(min=1e-12) / 127
+            rounded[rows] = (part / scales[rows, None]).round_()
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._scales, self._dtype = scales, weight.dtype
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
@@ -145,7 +154,9 @@ def state_moment(model: PreTrainedModel, layer: int) -> torch.Tensor:
     attention = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"
     try:
-        found = model.model(ids.to(model.device), output_hidden_states=True, use_cache=False)
+        found = model.model(
+            ids.to(execution_device(model)), output_hidden_states=True, use_cache=False
+        )
     finally:
         model.config._attn_implementation = attention
     states = found.hidden_states[layer]
@@ -175,15 +186,18 @@ def make_proposal(
     """
     if prune_layer is None or vocab.proposal == "full":
         return None
-    weight = model.lm_head.weight.detach()
+    device, width = execution_device(model), model.config.hidden_size
     if vocab.proposal == "int8":
-        return Int8Proposal(weight)
+        with present(model.lm_head):
+            return Int8Proposal(model.lm_head.weight.detach())
     if fitted is not None and vocab.rank in (None, len(fitted.right)):
-        return LowRankProposal(fitted.left.to(weight), fitted.right.to(weight))
-    width = weight.shape[1]
+        dtype = model.lm_head.weight.dtype
+        return LowRankProposal(fitted.left.to(device, dtype), fitted.right.to(device, dtype))
     rank = min(DEFAULT_RANK, width) if vocab.rank is None else vocab.rank
     if rank > width:
         raise UsageError(
             f"exit.vocab.rank: found {rank}; allowed: at most {width}, the model's width"
         )
-    return fit_low_rank(weight, state_moment(model, prune_layer), rank)
+    moment = state_moment(model, prune_layer)
+    with present(model.lm_head):
+        return fit_low_rank(model.lm_head.weight.detach(), moment, rank)

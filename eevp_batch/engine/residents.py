@@ -10,7 +10,10 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Collection
 from typing import Protocol
+
+import torch
 
 from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.filled_prefix import fill_prefix
@@ -112,7 +115,13 @@ class Residents:
         """The first segment runs: who was admitted is on the way."""
         self._entering = 0
 
-    def grow(self, sequences: list[Sequence]) -> list[Sequence]:
+    def __len__(self) -> int:
+        """Sequences in memory."""
+        return len(self._by_seat)
+
+    def grow(
+        self, sequences: list[Sequence], running: Collection[Sequence] = ()
+    ) -> list[Sequence] | None:
         """Allocate pages up to the fronts; where they run out, the youngest residents start again.
 
         The oldest resident is never the one to go while there is another, so somebody always gets
@@ -120,19 +129,25 @@ class Residents:
 
         Args:
             sequences: the batch at hand.
+            running: sequences of other batches, which are on a device now and cannot start again.
 
         Returns:
-            Those of the batch that are still resident.
+            Those of the batch that are still resident. None where one that is running would have to
+            go: try again when it is back.
         """
         self._calm_steps += 1
         for sequence in sequences:
             while sequence.seat >= 0 and not self.pool.grow(sequence):
-                if not self.prefixes.evict():
-                    self._restart(next(reversed(self._by_seat.values())))
+                if self.prefixes.evict():
+                    continue
+                youngest = next(reversed(self._by_seat.values()))
+                if youngest in running:
+                    return None
+                self._restart(youngest)
         return [sequence for sequence in sequences if sequence.seat >= 0]
 
     def make_do(
-        self, sequences: list[Sequence], cost: int
+        self, sequences: list[Sequence], cost: int, device: torch.device
     ) -> list[tuple[Sequence, RowTooLargeError]]:
         """Go on after memory ran out in a run, with half as much at a time for some time.
 
@@ -142,11 +157,12 @@ class Residents:
         Args:
             sequences: the batch.
             cost: packed tokens that it brought.
+            device: whose memory it was.
         """
         self._stats.shortages += 1
         self._grow_after *= 2 if self._has_grown else 1
         self._calm_steps, self._has_grown = 0, False
-        release_cached(self.pool.device)
+        release_cached(device)
         if len(sequences) == 1:
             (sequence,) = sequences
             sequence.shortages_alone += 1

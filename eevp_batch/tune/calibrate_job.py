@@ -106,7 +106,7 @@ def run_calibrate(
     if spec.exit.mode == "off":
         raise CalibrationError("exit.mode: found off; allowed: on, to calibrate its exits")
     binding = job_binding(spec, config)
-    weights, tokenizer, encoder = load_job_model(spec, config)
+    weights, tokenizer, encoder, _ = load_job_model(spec, config)
     cut = cut_model(weights, tokenizer, spec.exit)
     runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine)
     parts = split(_rows(spec, fields, encoder, runs, options, say))

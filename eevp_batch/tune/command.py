@@ -190,7 +190,7 @@ def run_fit(
         UsageError: something cannot be read, or no exit is worth taking.
     """
     refuse_sampling(spec)
-    weights, tokenizer, encoder = load_job_model(spec, config)
+    weights, tokenizer, encoder, _ = load_job_model(spec, config)
     model = SegmentedModel(weights, [config.num_layers])
 
     def engine() -> Engine:

@@ -138,7 +138,7 @@ def profile(chosen: argparse.Namespace) -> dict[str, Any]:
         EngineSpec(max_batch=chosen.batch, max_resident=chosen.batch, prefix_sharing=False),
         dtype=chosen.dtype,
     )
-    engine._end_ids = frozenset()
+    engine._results.end_ids = frozenset()
     first = max(1, chosen.context - chosen.steps // 2)
     for row in range(chosen.batch):
         engine.add(Prompt(row, [5 + (row + i) % 1000 for i in range(first)]))

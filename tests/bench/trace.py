@@ -65,6 +65,10 @@ class ForcedExits:
         """See `ExitRule.watch`."""
         self._rule.watch(*arguments, **options)
 
+    def hand_on(self, other: Any, seats: list[int]) -> None:
+        """See `ExitRule.hand_on`."""
+        self._rule.hand_on(other._rule, seats)
+
     def would_leave(self, tokens: ScoredTokens) -> list[bool]:
         """What the trace says of each token: a function of its row and number alone."""
         return [
@@ -109,23 +113,25 @@ class ForcedExits:
 class OneBatch(DepthQueues[Sequence]):
     """Queues of a static scheduler: who came furthest goes on, so that a batch is never parted."""
 
-    def _choose(self) -> int:
-        return max(depth for depth, waiting in enumerate(self.lengths) if waiting)
+    def _choose(self, waiting: list[int]) -> int:
+        return max(waiting)
 
 
 def keep_together(engine: Engine) -> None:
     """Give an idle engine queues that never part its batch."""
     old = engine.queues
     queues = OneBatch(len(old.lengths), old.max_batch, old.full_batch, old.max_tokens, old.age_cap)
-    engine.queues = engine._residents._queues = queues
+    engine.queues = engine._residents._queues = engine._results.queues = queues
 
 
 def force(
     engine: Engine, fraction: float, policy: str = "grouped", acceptance: float | None = None
 ) -> ForcedExits:
     """Put a trace in the place of the engine's rule; no token ends a generation from now on."""
-    rule = engine._rule
-    forced = ForcedExits(getattr(rule, "_rule", rule), fraction, policy, acceptance)
-    engine._rule = forced  # type: ignore[assignment]
-    engine._end_ids = frozenset()
-    return forced
+    found = []
+    for stage in engine.stages:
+        rule = getattr(stage.rule, "_rule", stage.rule)
+        stage.rule = ForcedExits(rule, fraction, policy, acceptance)  # type: ignore[assignment]
+        found.append(stage.rule)
+    engine._results.end_ids = frozenset()
+    return found[0]  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.devices import Device
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
@@ -40,6 +42,7 @@ def make_engine(
     limits: dict[str, Any] | None = None,
     vocab: dict[str, Any] | None = None,
     kernel: Kernel | None = None,
+    devices: Sequence[Device] = (),
     **exit: Any,
 ) -> Engine:
     """An engine over a tiny model; without `layers` the exits are off."""
@@ -55,6 +58,7 @@ def make_engine(
         sampling or SamplingSpec(max_new_tokens=NEW_TOKENS),
         EngineSpec(max_batch=max_batch, **(limits or {"max_resident": 3 * max_batch})),
         kernel=kernel,
+        devices=devices,
     )
 
 

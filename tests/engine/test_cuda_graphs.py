@@ -70,7 +70,7 @@ def make_recording(path: Path, recorder: Recorder | None, **settings: Any) -> En
         limits={"max_resident": 5},  # a small pool: Flex as written looks at all of it
         **settings,
     )
-    engine.runner = SegmentRunner(engine._model, engine.pool, recorder)
+    engine.stages[0].runner = SegmentRunner(engine._model, engine.pool, recorder)
     return engine
 
 
@@ -93,7 +93,7 @@ def test_recorded_runs_give_what_direct_runs_give(
         assert found[key].exit_layers == generation.exit_layers
         near = pytest.approx(generation.exit_confidences, abs=1e-5)
         assert found[key].exit_confidences == near
-    buckets = engine.runner.buckets
+    buckets = engine.stages[0].runner.buckets
     assert counts.recorded == len(buckets) > 3
     assert counts.repeated > 2 * counts.recorded, "a recording is used again and again"
     assert {bucket.depth for bucket in buckets} == {0, 1, 2}
@@ -111,10 +111,12 @@ def test_a_recording_has_its_bridges_by_origin(tiny_llama: Path, prompts: list[P
         bridged_engine(tiny_llama, fitted, kernel=small_pages(), limits={"max_resident": 5})
         for _ in range(2)
     ]
-    engines[1].runner = SegmentRunner(engines[1]._model, engines[1].pool, Counts())
+    engines[1].stages[0].runner = SegmentRunner(engines[1]._model, engines[1].pool, Counts())
     expected, found = (exits_of(run(engine, prompts[:6])) for engine in engines)
     assert found == expected
-    seen = {origin for bucket in engines[1].runner.buckets for origin, _ in bucket.origins}
+    seen = {
+        origin for bucket in engines[1].stages[0].runner.buckets for origin, _ in bucket.origins
+    }
     assert seen == {EARLY, LATE}, "tokens of both exits were bridged in recorded runs"
 
 
@@ -132,7 +134,7 @@ def test_an_engine_goes_on_where_recording_fails(
     warnings = [record.getMessage() for record in caplog.records if "graphs" in record.name]
     assert len(warnings) == 1, "it is said once"
     assert warnings[0].endswith("operation not permitted when stream is capturing")
-    assert not engine.runner.buckets
+    assert not engine.stages[0].runner.buckets
 
 
 def test_nothing_is_recorded_beyond_the_most_graphs(
@@ -143,7 +145,7 @@ def test_nothing_is_recorded_beyond_the_most_graphs(
     engine = make_recording(tiny_llama, Again())
     found = run(engine, few)
     expected = run(make_recording(tiny_llama, None), few)
-    assert len(engine.runner.buckets) == 2
+    assert len(engine.stages[0].runner.buckets) == 2
     for key, generation in expected.items():
         assert found[key].token_ids == generation.token_ids
 

@@ -142,7 +142,7 @@ def test_every_path_gives_what_the_cpu_gives(
         assert found[key].exit_layers == generation.exit_layers
         near = pytest.approx(generation.exit_confidences, abs=1e-4)
         assert found[key].exit_confidences == near
-    assert bool(engine.runner.buckets) == (graphs and kernel != "gather")
+    assert bool(engine.stages[0].runner.buckets) == (graphs and kernel != "gather")
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -164,7 +164,7 @@ def test_paged_kernels_in_bfloat16_give_nearly_what_gathering_gives(
 
 
 def stop_recording(engine: Engine) -> None:
-    engine.runner = SegmentRunner(engine._model, engine.pool, None)
+    engine.stages[0].runner = SegmentRunner(engine._model, engine.pool, None)
 
 
 def test_the_device_gets_the_first_kernel_that_works() -> None:

@@ -148,7 +148,9 @@ class Engine:
 
     def give_up(self, tag: int) -> int:
         """Drop the prompts with this tag, between steps; how many there were."""
-        return self._residents.give_up(tag)
+        if self._crew:
+            self._crew.stop()  # so that nothing is on its way; the next step starts it again
+        return self._results.give_up(tag) + self._residents.give_up(tag)
 
     def generate(self, prompts: Iterable[Prompt | str]) -> Iterator[Generation | RowFailure]:
         """Generate for every prompt, yielding each result as soon as it is finished.

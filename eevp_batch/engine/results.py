@@ -66,6 +66,16 @@ class Results:
         found, self._found = self._found, []
         return found
 
+    def give_up(self, tag: int) -> int:
+        """Drop what is finished with this tag; how many there were."""
+        dropped = [result for result in self._found if result.tag == tag]
+        self._found = [result for result in self._found if result.tag != tag]
+        for result in dropped:
+            if isinstance(result, Generation):
+                self._stats.discount(result.exits)
+                self._stats.finished -= 1
+        return len(dropped)
+
     def fail(self, sequence: Sequence, error: RowError) -> None:
         """A row that cannot be done."""
         self._found.append(

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,30 @@ def test_two_devices_give_what_one_gives(
     assert_same(run(engine, prompts), expected)
     assert len(engine.stats.steps) == num_depths, "every segment ran"
     assert_same(run(engine, prompts), expected)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_prompts_that_are_given_up_leave_nothing_behind(
+    tiny_llama: Path, prompts: list[Prompt], num_steps: int
+) -> None:
+    settings: dict[str, Any] = {"layers": [2, 4], "threshold": 0.3}
+    alone = run(make_engine(tiny_llama, model=weights(tiny_llama), **settings), prompts)
+    expected = {generation.row_id: generation for generation in alone.values()}
+    engine = engine_on(tiny_llama, 2, **settings)
+    for number, prompt in enumerate(prompts):
+        engine.add(replace(prompt, tag=number % 2))
+    found = [result for _ in range(num_steps) for result in engine.step()]
+    num_open = len(prompts) // 2 - sum(result.tag == 1 for result in found)
+    assert engine.give_up(1) == num_open and engine.give_up(1) == 0
+    before = len(found)
+    while not engine.is_idle:
+        found += engine.step()
+    assert all(result.tag == 0 for result in found[before:])
+    kept = {result.row_id: result for result in found if isinstance(result, Generation)}
+    assert {prompt.row_id for prompt in prompts[::2]} <= kept.keys()
+    assert_same(kept, {row_id: expected[row_id] for row_id in kept})
+    assert engine.pool.is_empty, "they still hold pages"
+    assert engine.stats.tokens == sum(len(generation.exits) for generation in kept.values())
 
 
 @pytest.mark.parametrize("kv", POLICIES)

@@ -136,13 +136,11 @@ def submit_there(
     from eevp_batch.history import remember
     from eevp_batch.prepare import located
     from eevp_batch.spec_file import read_spec
-    from eevp_batch.storage.location import locate
 
     source = read_spec(spec, overrides)
-    cluster = source.spec.cluster
+    cluster, out = source.spec.cluster, source.spec.output.path
     server = JobServer(str(cluster.address))
     with located(source):
-        out = locate(source.spec.output.path).text
         seen = ["/"] if server.is_here else cluster.shared_paths
         parcel = pack(source, spec, seen, server.url)
         run_id = _checked_run(source, spec, overrides, parcel, seen, out, checks)

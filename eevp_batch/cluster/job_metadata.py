@@ -44,9 +44,10 @@ class JobEntry:
         self._next_s = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Tell it now and then; what fails is told the next time."""
-        now_s = time.monotonic()
-        if self._id is None or now_s < self._next_s or not ray.is_initialized():
+        """Tell it now and then, and at the end; what fails is told the next time."""
+        now_s, is_done = time.monotonic(), progress.rows_done >= progress.rows_total
+        is_due = now_s >= self._next_s or is_done
+        if self._id is None or not is_due or not ray.is_initialized():
             return
         self._next_s = now_s + _EVERY_S
         with contextlib.suppress(RayError, OSError, RuntimeError, ValueError):

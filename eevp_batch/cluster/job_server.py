@@ -35,6 +35,8 @@ HEADERS = "RAY_JOB_HEADERS"
 _CONNECT_S = 10.0
 _ANSWER_S = 60.0
 _LOG_CHARACTERS_PER_S = 200_000
+_STARTING, _STARTING_S = "No available agent", 120.0  # what a cluster that comes up answers
+_TELLING = ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")
 _CERTIFICATES = "REQUESTS_CA_BUNDLE"
 _Answer = TypeVar("_Answer")
 
@@ -183,6 +185,17 @@ class JobServer:
         taken = {job.submission_id for job in self.of_run(run_id)}
         names = [run_id, *(f"{run_id}.{number}" for number in range(2, len(taken) + 2))]
         submission_id = next(name for name in names if name not in taken)
+        until_s = time.monotonic() + _STARTING_S
+        while True:
+            try:
+                self._submit(submission_id, entry)
+                return submission_id
+            except ClusterError as error:
+                if _STARTING not in str(error) or time.monotonic() > until_s:
+                    raise
+                time.sleep(2.0)
+
+    def _submit(self, submission_id: str, entry: EntryPoint) -> None:
         with self._told(), _quiet():
             self._client.submit_job(
                 entrypoint=entry.command,
@@ -193,7 +206,6 @@ class JobServer:
                 entrypoint_memory=entry.memory_bytes or None,
                 entrypoint_resources=entry.resources or None,
             )
-        return submission_id
 
     def stop(self, submission_id: str) -> None:
         """Send the entry point SIGTERM, and SIGKILL if it has not ended soon."""
@@ -302,9 +314,7 @@ def without(*names: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Ray's client tells of every upload."""
-    loggers = [
-        logging.getLogger(f"ray.dashboard.modules.{n}") for n in ("dashboard_sdk", "job.sdk")
-    ]
+    loggers = [logging.getLogger(f"ray.{name}") for name in _TELLING]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

@@ -117,12 +117,11 @@ class _Packer:
         except InputError as error:
             raise self._unseen(field_name, entry, self._sent_words()) from error
         self._weigh(field_name, entry, paths)
-        out = locate(self._spec.output.path).text
         found = []
         for path in paths:
             name = sent_name(path)
             self._parcel.files[f"{SENT_INPUTS}/{name}"] = path
-            found.append(sent_path(out, name))
+            found.append(sent_path(_plain(self._spec.output.path), name))
         return found
 
     def _model(self) -> None:

@@ -78,7 +78,9 @@ def test_what_all_nodes_see_stays_where_it_is(tmp_path: Path) -> None:
         f'output.path="{seen}/out"',
     ]
     job = read_spec(tmp_path / "job.yaml")
-    assert unseen_here(job, [str(seen)]) == [f"{seen}/{n}" for n in ("in.parquet", "model", "heads")]
+    assert unseen_here(job, [str(seen)]) == [
+        f"{seen}/{n}" for n in ("in.parquet", "model", "heads")
+    ]
     write_input(seen / "in.parquet")
     assert f"{seen}/in.parquet" not in unseen_here(job, [str(seen)])
 
@@ -95,7 +97,12 @@ def test_fitted_exits_go_along_as_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "line", "field", "allowed"),
     [
-        ({"out": "out"}, 9, "output.path", "a URI, or a path in a folder that cluster.shared_paths"),
+        (
+            {"out": "out"},
+            9,
+            "output.path",
+            "a URI, or a path in a folder that cluster.shared_paths",
+        ),
         ({"out": "file:///srv/out"}, 9, "output.path", "a URI, or a path in a folder"),
         ({"model": "./m"}, 5, "model.path", "a hub id, or a folder that is the same on every node"),
         ({"input": "gone.parquet"}, 3, "input.path", "files of at most 64 MiB in all"),

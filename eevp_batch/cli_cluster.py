@@ -131,7 +131,7 @@ def submit_there(
         checks: whether input, model and prompts are checked here first.
     """
     from eevp_batch.cluster.job_server import JobServer
-    from eevp_batch.cluster.sending import pack
+    from eevp_batch.cluster.sending import pack, unseen_here
     from eevp_batch.cluster.submitting import entry_point
     from eevp_batch.history import remember
     from eevp_batch.prepare import located
@@ -143,7 +143,9 @@ def submit_there(
     with located(source):
         seen = ["/"] if server.is_here else cluster.shared_paths
         parcel = pack(source, spec, seen, server.url)
-        run_id = _checked_run(source, spec, overrides, parcel, seen, out, checks)
+        # A node of the cluster sees what is shared; another machine need not.
+        unseen = [] if server.is_here else unseen_here(source, seen)
+        run_id = _checked_run(source, spec, overrides, parcel, unseen, out, checks)
     _refuse_running(server, run_id, out)
     with entry_point(source, parcel, run_id, out, command, overrides) as entry:
         submission_id = server.submit(run_id, entry)
@@ -161,17 +163,15 @@ def _checked_run(
     spec: str,
     overrides: Sequence[str],
     parcel: Parcel,
-    seen: Sequence[str],
+    unseen: Sequence[str],
     out: str,
     checks: bool,
 ) -> str:
     """The run's id, after every check that can be made here; the cluster makes all of them."""
     from eevp_batch.cluster.runs import open_output
-    from eevp_batch.cluster.sending import unseen_here
     from eevp_batch.prepare import check_prompts, earlier_plan, needs_prompt_check, prepare
     from eevp_batch.storage.plan import new_run_id, read_plan
 
-    unseen = unseen_here(source, seen)
     if unseen:
         click.echo(f"{unseen[0]} is not on this machine: the cluster checks the job", err=True)
     elif checks:

@@ -11,7 +11,7 @@ from eevp_batch.console import address_option, echo_json, json_option, width
 from eevp_batch.errors import VerifyFailedError
 
 if TYPE_CHECKING:
-    from eevp_batch.cluster.job_server import ClusterJob
+    from eevp_batch.cluster.cluster_job import ClusterJob
 
 REPAIR_HINT = "`eevp-batch submit --repair` with the job file does damaged chunks again"
 

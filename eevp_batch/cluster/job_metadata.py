@@ -19,7 +19,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
 from ray.exceptions import RayError
 
-from eevp_batch.cluster.job_server import PROGRESS
+from eevp_batch.cluster.cluster_job import PROGRESS
 from eevp_batch.cluster.progress import Progress
 
 _EVERY_S = 5.0

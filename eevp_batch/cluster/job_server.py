@@ -13,21 +13,19 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import RayError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 
 from eevp_batch.cluster.addresses import api_server
+from eevp_batch.cluster.cluster_job import ClusterJob, ours
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError, first_line
-
-RUN_ID, OUTPUT, PROGRESS, NAME = "eevp_run_id", "eevp_output", "eevp_progress", "job_name"
-"""Keys of a job's metadata; the last one is Ray's own."""
 
 HEADERS = "RAY_JOB_HEADERS"
 """Environment variable with further headers as JSON, as Ray's own command line reads it."""
@@ -39,56 +37,6 @@ _STARTING, _STARTING_S = "No available agent", 120.0  # what a cluster that come
 _TELLING = ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")
 _CERTIFICATES = "REQUESTS_CA_BUNDLE"
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterJob:
-    """One of our runs as the job server knows it.
-
-    Attributes:
-        ray_job_id: Ray's own id of it, once its entry point has joined the cluster.
-        state: pending, running, stopped, succeeded or failed.
-        message: what Ray says of it.
-        exit_code: of its entry point; None before its end, and where it was stopped.
-        started_unix_s: when it was submitted.
-    """
-
-    run_id: str
-    submission_id: str
-    ray_job_id: str | None
-    state: str
-    message: str
-    exit_code: int | None
-    started_unix_s: float | None
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def has_started(self) -> bool:
-        return self.state != "pending"
-
-    @property
-    def has_ended(self) -> bool:
-        return self.state in ("stopped", "succeeded", "failed")
-
-    @property
-    def output(self) -> str:
-        return self.metadata.get(OUTPUT, "")
-
-    @property
-    def progress(self) -> str:
-        return self.metadata.get(PROGRESS, "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {
-            "run_id": self.run_id,
-            "submission_id": self.submission_id,
-            "name": self.metadata.get(NAME),
-            "state": self.state,
-            "progress": self.progress or None,
-            "output": self.output or None,
-            "started_unix_s": self.started_unix_s,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +98,7 @@ class JobServer:
             ClusterError: it cannot be reached any more.
         """
         with self._told():
-            found = [_ours(details) for details in self._client.list_jobs()]
+            found = [ours(details) for details in self._client.list_jobs()]
         return sorted(filter(None, found), key=lambda job: job.started_unix_s or 0.0)
 
     def of_run(self, run_id: str) -> list[ClusterJob]:
@@ -168,7 +116,7 @@ class JobServer:
             ClusterError: it is not there, or the server cannot be reached.
         """
         with self._told():
-            found = _ours(self._client.get_job_info(submission_id))
+            found = ours(self._client.get_job_info(submission_id))
         if found is None:
             raise ClusterError(f"{self.url}: job {submission_id} is not one of eevp-batch")
         return found
@@ -296,11 +244,6 @@ class _Client(JobSubmissionClient):
         return answer
 
 
-def latest(jobs: Sequence[ClusterJob]) -> ClusterJob | None:
-    """The last of some jobs; None where there is none."""
-    return jobs[-1] if jobs else None
-
-
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
     """Take variables out of the environment for the block."""
@@ -330,20 +273,3 @@ def _knock(url: str, patience_s: float) -> None:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     socket.create_connection((parts.hostname or "", port), patience_s).close()
-
-
-def _ours(details: JobDetails) -> ClusterJob | None:
-    metadata = details.metadata or {}
-    if RUN_ID not in metadata or details.submission_id is None:
-        return None
-    status = JobStatus(details.status)
-    return ClusterJob(
-        run_id=metadata[RUN_ID],
-        submission_id=details.submission_id,
-        ray_job_id=details.job_id,
-        state=str(status).lower(),
-        message=details.message or "",
-        exit_code=details.driver_exit_code,
-        started_unix_s=details.start_time / 1000 if details.start_time else None,
-        metadata=dict(metadata),
-    )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from eevp_batch.cluster.job_server import ClusterJob, JobServer
+from eevp_batch.cluster.cluster_job import ClusterJob
+from eevp_batch.cluster.job_server import JobServer
 from eevp_batch.errors import ClusterError, UsageError
 
 _NAME = re.compile(r"replica\D{0,3}(\d+)")

@@ -21,7 +21,8 @@ from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
 
 if TYPE_CHECKING:
-    from eevp_batch.cluster.job_server import ClusterJob, JobServer
+    from eevp_batch.cluster.cluster_job import ClusterJob
+    from eevp_batch.cluster.job_server import JobServer
 
 _STORAGE_S = 10.0
 _CONNECT_S = 3.0
@@ -95,11 +96,11 @@ def find_output(text: str, address: str | None = None) -> tuple[Store, ClusterJo
 
 
 def _known_to_cluster(text: str, address: str | None, known: Submission | None) -> Run:
-    from eevp_batch.cluster.job_server import JobServer, latest
+    from eevp_batch.cluster.job_server import JobServer
 
     if known is not None and is_submitted(address or known.address):
         server = JobServer(str(address or known.address))
-        return Run(known.run_id, known.out, None, server, latest(server.of_run(known.run_id)))
+        return Run(known.run_id, known.out, None, server, _latest(server.of_run(known.run_id)))
     there = address or default_address()
     if there is None:
         raise UsageError(
@@ -108,7 +109,7 @@ def _known_to_cluster(text: str, address: str | None, known: Submission | None) 
         )
     server = JobServer(there)
     jobs = server.of_run(text) or server.of_output(os.path.abspath(text)) or server.of_output(text)
-    job = latest(jobs)
+    job = _latest(jobs)
     if job is None:
         raise UsageError(
             f"{text}: found no such run on {server.url}; allowed: one of those `list`s"
@@ -167,14 +168,14 @@ def last_start(store: Store) -> dict[str, Any]:
 
 def _on_cluster(store: Store, run_id: str, address: str | None) -> Run:
     """A run whose output can be read, with what its cluster knows of it."""
-    from eevp_batch.cluster.job_server import JobServer, latest
+    from eevp_batch.cluster.job_server import JobServer
 
     out = store.text
     if address is None or not is_submitted(address):
         return Run(run_id, out, store)
     try:
         server = JobServer(address, _CONNECT_S)
-        job = latest(server.of_run(run_id) or server.of_output(out))
+        job = _latest(server.of_run(run_id) or server.of_output(out))
     except ClusterError as error:
         return Run(run_id, out, store, lost=first_line(error))
     lost = None if job else f"{server.url} does not know {run_id}"
@@ -194,3 +195,7 @@ def _remembered(text: str) -> Submission | None:
         if text in (entry.run_id, entry.submission_id) or entry.out in names:
             return entry
     return None
+
+
+def _latest(jobs: Sequence[ClusterJob]) -> ClusterJob | None:
+    return jobs[-1] if jobs else None

@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import eevp_batch
-from eevp_batch.cluster.job_server import (
-    NAME,
-    OUTPUT,
-    PROGRESS,
-    RUN_ID,
-    ClusterJob,
-    EntryPoint,
-    JobServer,
-)
+from eevp_batch.cluster.cluster_job import NAME, OUTPUT, PROGRESS, RUN_ID, ClusterJob
+from eevp_batch.cluster.job_server import EntryPoint, JobServer
 from eevp_batch.cluster.ray_safety import FORCE
 from eevp_batch.cluster.sending import SENT_INPUTS, Parcel
 from eevp_batch.errors import JobFailedError, JobInterruptedError, SpecError
@@ -99,9 +92,9 @@ def result_of(server: JobServer, submission_id: str) -> int:
         JobFailedError: its entry point was killed, or never began.
     """
     job = server.job(submission_id)
-    if job.state == "stopped":
+    if job.state == "interrupted":
         raise JobInterruptedError(f"{job.run_id} was cancelled; the same command goes on with it")
-    if job.state == "succeeded":
+    if job.state == "done":
         return 0
     if job.exit_code is None or job.exit_code < 0:
         raise JobFailedError(f"{job.run_id}: {_reason(job)}")

@@ -210,7 +210,7 @@ def test_a_run_is_found_by_its_id_on_the_cluster_and_in_storage_when_that_has_go
 ) -> None:
     runs = {run["name"]: run for run in json.loads(nodes.cli("list", "--json")[1])["runs"]}
     first, second = runs["first"], runs["second"]
-    assert (first["state"], second["state"]) == ("succeeded", "succeeded")
+    assert (first["state"], second["state"]) == ("done", "done")
     assert first["progress"].startswith("400 of 400 rows (100.0%)")
     assert (first["output"], first["cluster"]) == (str(folder / "nfs" / "first"), nodes.url)
     assert "actor_name:Replica" in nodes.cli("logs", "--replica", 0, first["run_id"])[1]
@@ -223,7 +223,7 @@ def test_a_run_is_found_by_its_id_on_the_cluster_and_in_storage_when_that_has_go
     assert nodes.cli("cancel", run)[0] == 0
     code, _, said = nodes.cli("logs", "-f", run)
     listed = json.loads(nodes.cli("list", "--json")[1])["runs"]
-    assert [r["state"] for r in listed if r["run_id"] == run] == ["stopped"]
+    assert [r["state"] for r in listed if r["run_id"] == run] == ["interrupted"]
     (ended,) = events(folder / "nfs" / "third", "job_interrupted")
     assert ended["chunks_committed"] >= 1
 

@@ -25,7 +25,7 @@ from ray.job_submission import JobSubmissionClient
 from eevp_batch.cluster.addresses import api_server
 from eevp_batch.cluster.cluster_job import ClusterJob, ours
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
-from eevp_batch.errors import ClusterError, first_line
+from eevp_batch.errors import ClusterError, UsageError, first_line
 
 HEADERS = "RAY_JOB_HEADERS"
 """Environment variable with further headers as JSON, as Ray's own command line reads it."""
@@ -82,7 +82,7 @@ class JobServer:
             refuse_open_dashboard(self.url)
             self._client = _Client(
                 self.url,
-                headers=json.loads(os.environ.get(HEADERS) or "{}"),
+                headers=_headers(),
                 verify=os.environ.get(_CERTIFICATES) or True,
             )
             refuse_old_ray(str(self._client._server_ray_version))
@@ -242,6 +242,14 @@ class _Client(JobSubmissionClient):
             method, endpoint, **{"timeout": _ANSWER_S, **options}
         )
         return answer
+
+
+def _headers() -> dict[str, str]:
+    text = os.environ.get(HEADERS) or "{}"
+    try:
+        return {str(name): str(value) for name, value in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{HEADERS}: found no JSON object; allowed: {{name: value}}") from error
 
 
 @contextlib.contextmanager

@@ -109,8 +109,9 @@ def submit(spec: str, overrides: tuple[str, ...], repair: bool, waits: bool, che
     if _is_submitted(spec, overrides):
         command = ["run", "--repair"] if repair else ["run"]
         submit_there(spec, overrides, command, waits, checks)
-    elif not waits:
-        raise UsageError("--no-wait: found a job that runs here; allowed: with cluster.address")
+    elif not (waits and checks):
+        name, allowed = "--no-check" if waits else "--no-wait", "auto, ray:// or http(s)://"
+        raise UsageError(f"{name}: found a job that runs here; allowed: cluster.address {allowed}")
     else:
         run_job_file(spec, overrides, wants_bar=True, repairs=repair)
 

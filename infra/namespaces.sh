@@ -167,6 +167,9 @@ expect 5 on_laptop env -u RAY_AUTH_TOKEN RAY_AUTH_MODE=disabled \
   "$PYTHON" -m eevp_batch.cli submit job.yaml
 say "with an output folder on the laptop: refused, with its place in the job file"
 expect 2 eevp submit job.yaml --set output.path=out
+say "with an output folder that each node has for itself: refused by the cluster"
+expect 2 eevp submit job.yaml --set output.path=/tmp/ray/out \
+  --set "cluster.shared_paths=[$SHARED, /tmp/ray]" --set input.limit=1
 say "submitted; the prompts go along"
 RUN="$(eevp submit --no-wait job.yaml)"
 
@@ -179,7 +182,7 @@ eevp logs -f "$RUN" >"$WORK/job.log" 2>&1 || { cat "$WORK/job.log" && exit 1; }
 
 say "what the cluster says of it, from the laptop"
 tail -n 20 "$WORK/job.log"
-eevp list --address "http://$NET.1:$PORT"
+eevp list --address "ray://$NET.1:10001"
 eevp status "$RUN"
 
 say "eevp-batch verify"

@@ -12,19 +12,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from eevp_batch import __version__
-from eevp_batch.cli_output import REPAIR_HINT, report, status, sum_up, verify
+from eevp_batch.cli_cluster import cancel, list_runs, logs, submit_there
+from eevp_batch.cli_output import report, status, verify
+from eevp_batch.cli_run import Inside, prepared, run_and_sum_up, run_job_file
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
-from eevp_batch.errors import EevpError, TooManyErrorsError, UsageError, VerifyFailedError
-
-if TYPE_CHECKING:
-    from eevp_batch.prepare import PreparedJob
-    from eevp_batch.storage.plan import Plan
+from eevp_batch.errors import EevpError, UsageError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -61,6 +59,17 @@ def _spec_command(command: _Command) -> _Command:
     return click.argument("spec", metavar="SPEC")(spec_overrides(command))
 
 
+def _inside_options(command: _Command) -> _Command:
+    """What `submit` gives along to the command that it starts on a cluster."""
+    for option in (
+        click.option("--run-id", metavar="ID", hidden=True, help="Of a run that is new."),
+        click.option("--sent", metavar="FOLDER", hidden=True, help="Inputs that came along."),
+        click.option("--stop-within", type=float, metavar="S", hidden=True, help="After SIGTERM."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eevp-batch")
 def main() -> None:
@@ -80,16 +89,52 @@ def main() -> None:
     is_flag=True,
     help="First verifies what is there and does damaged chunks again; says which and why.",
 )
-def submit(spec: str, overrides: tuple[str, ...], repair: bool) -> None:
-    """Run a job, show its progress and sum it up; the same command again resumes it."""
-    _run_job(spec, overrides, wants_bar=True, repairs=repair)
+@click.option(
+    "--wait/--no-wait",
+    "waits",
+    default=True,
+    help="On a cluster: whether to show the run's log and end as it ends, or only its id.",
+)
+@click.option(
+    "--check/--no-check",
+    "checks",
+    default=True,
+    help="On a cluster: whether input and model are checked here before the cluster checks them.",
+)
+def submit(spec: str, overrides: tuple[str, ...], repair: bool, waits: bool, checks: bool) -> None:
+    """Run a job, show its progress and sum it up; the same command again resumes it.
+
+    With cluster.address auto, ray:// or http(s)://, it is submitted there.
+    """
+    if _is_submitted(spec, overrides):
+        command = ["run", "--repair"] if repair else ["run"]
+        submit_there(spec, overrides, command, waits, checks)
+    elif not (waits and checks):
+        name, allowed = "--no-check" if waits else "--no-wait", "auto, ray:// or http(s)://"
+        raise UsageError(f"{name}: found a job that runs here; allowed: cluster.address {allowed}")
+    else:
+        run_job_file(spec, overrides, wants_bar=True, repairs=repair)
 
 
 @main.command()
 @_spec_command
-def run(spec: str, overrides: tuple[str, ...]) -> None:
-    """Run a job inside a cluster: as submit, with plain progress lines."""
-    _run_job(spec, overrides, wants_bar=False)
+@click.option("--repair", is_flag=True, help="As that of submit.")
+@_inside_options
+def run(
+    spec: str,
+    overrides: tuple[str, ...],
+    repair: bool,
+    run_id: str | None,
+    sent: str | None,
+    stop_within: float | None,
+) -> None:
+    """Run a job inside a cluster: as submit, with plain progress lines.
+
+    It joins the Ray cluster that it is started on (RAY_ADDRESS, or cluster.address), and starts
+    a Ray of its own where there is none.
+    """
+    inside = Inside(run_id, sent, stop_within)
+    run_job_file(spec, overrides, wants_bar=False, repairs=repair, inside=inside)
 
 
 @main.command()
@@ -159,82 +204,45 @@ def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> Non
     metavar="NAME",
     help="Only rows with this error class; may be repeated. Else all but skipped rows.",
 )
-def retry_errors(job_or_out: str, overrides: tuple[str, ...], classes: tuple[str, ...]) -> None:
+@_inside_options
+def retry_errors(
+    job_or_out: str,
+    overrides: tuple[str, ...],
+    classes: tuple[str, ...],
+    run_id: str | None,
+    sent: str | None,
+    stop_within: float | None,
+) -> None:
     """Try a job's rows in error again, and patch them into its output."""
-    from eevp_batch.prepare import earlier_plan, prepare, resolved_spec
+    from eevp_batch.prepare import earlier_plan, resolved_spec
 
+    inside = Inside(run_id, sent, stop_within) if stop_within is not None else None
     with resolved_spec(job_or_out) as spec:
-        job = prepare(spec, overrides)
+        if inside is None and _is_submitted(spec, overrides):
+            options = [word for name in classes for word in ("--class", name)]
+            submit_there(spec, overrides, ["retry-errors", *options], waits=True, checks=True)
+            return
+        job = prepared(spec, overrides, inside)
     opened = earlier_plan(job)
     if opened is None:
         raise UsageError(f"{job.store.text}: holds no job whose rows could be tried again")
-    _run_and_sum_up(job, opened, wants_bar=True, retry=classes)
+    run_and_sum_up(job, opened, wants_bar=inside is None, retry=classes, inside=inside)
 
 
-for command in (status, verify, report, potential, fit, calibrate):
+for command in (
+    *(status, verify, report),
+    *(logs, list_runs, cancel),
+    *(potential, fit, calibrate),
+):
     main.add_command(command)
 
 
-def _run_job(spec: str, overrides: tuple[str, ...], wants_bar: bool, repairs: bool = False) -> None:
-    """Check, plan, run, sum up; what was done is summed up also where too many rows failed."""
-    from eevp_batch.prepare import check_prompts, needs_prompt_check, prepare
+def _is_submitted(spec: str, overrides: Sequence[str]) -> bool:
+    """Whether a job goes to a cluster's job server."""
+    from eevp_batch.cluster.addresses import is_submitted
+    from eevp_batch.spec_file import load_spec
 
-    job = prepare(spec, overrides)
-    if needs_prompt_check(job.spec):
-        check_prompts(job)
-    _run_and_sum_up(job, _open_plan(job), wants_bar, repairs=repairs)
-
-
-def _run_and_sum_up(
-    job: PreparedJob,
-    opened: Plan,
-    wants_bar: bool,
-    retry: Sequence[str] | None = None,
-    repairs: bool = False,
-) -> None:
-    try:
-        _run_cluster(job, opened, wants_bar, retry, repairs)
-    except TooManyErrorsError:
-        sum_up(job.store.text)
-        raise
-    except VerifyFailedError as error:
-        error.add_note(REPAIR_HINT)
-        raise
-    sum_up(job.store.text)
-
-
-def _open_plan(job: PreparedJob) -> Plan:
-    """Write the plan, or take up the one that is there, and say what will run."""
-    from eevp_batch.spec_file import dump_spec
-    from eevp_batch.storage.plan import open_plan
-
-    opened = open_plan(job.store, job.plan, dump_spec(job.spec))
-    verb = "starts" if opened.run_id == job.plan.run_id else "resumes"
-    click.echo(
-        f"{opened.run_id} {verb}: {opened.num_rows:,} rows in {len(opened.chunks):,} chunks, "
-        f"{job.spec.cluster.max_replicas} replica(s), output in {job.store.text}",
-        err=True,
-    )
-    return opened
-
-
-def _run_cluster(
-    job: PreparedJob, opened: Plan, wants_bar: bool, retry: Sequence[str] | None, repairs: bool
-) -> None:
-    from eevp_batch.cluster.jobs import run_job
-    from eevp_batch.report.progress import make_display
-
-    with make_display(sys.stderr, wants_bar) as display:
-        run_job(
-            job.spec,
-            job.model,
-            opened,
-            job.store,
-            on_progress=display.update,
-            on_message=display.message,
-            retry=retry,
-            repairs=repairs,
-        )
+    return is_submitted(load_spec(spec, overrides).cluster.address)
 
 
 def start() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
-from eevp_batch.console import echo_json, json_option, width
+from eevp_batch.console import address_option, echo_json, json_option, width
 from eevp_batch.errors import VerifyFailedError
+
+if TYPE_CHECKING:
+    from eevp_batch.cluster.cluster_job import ClusterJob
 
 REPAIR_HINT = "`eevp-batch submit --repair` with the job file does damaged chunks again"
 
@@ -15,19 +19,23 @@ _out_argument = click.argument("out", metavar="OUT")
 
 
 @click.command()
-@_out_argument
+@click.argument("run", metavar="RUN_OR_OUT")
 @click.option("--watch", "wants_watch", is_flag=True, help="Redraws it until the job has ended.")
+@address_option
 @json_option
-def status(out: str, wants_watch: bool, as_json: bool) -> None:
-    """Show how far a job is, from its output folder alone."""
+def status(run: str, wants_watch: bool, address: str | None, as_json: bool) -> None:
+    """Show how far a job is, from its output folder alone where that can be read from here."""
+    from eevp_batch.cluster.runs import find_output
     from eevp_batch.report.summary import status_json
     from eevp_batch.report.text import render_status
     from eevp_batch.storage.status import read_status
-    from eevp_batch.storage.store import Store
 
     if wants_watch and as_json:
         raise click.UsageError("--watch shows a job to people; --json does not go with it")
-    store = Store.open(out)
+    store, job = find_output(run, address)
+    if job is not None:
+        _status_there(job, as_json)
+        return
     if wants_watch:
         from rich.console import Console
 
@@ -40,6 +48,14 @@ def status(out: str, wants_watch: bool, as_json: bool) -> None:
         echo_json(status_json(found))
     else:
         click.echo(render_status(found, width(), time.time()))
+
+
+def _status_there(job: ClusterJob, as_json: bool) -> None:
+    """What its cluster knows of a job whose output cannot be read from here."""
+    if as_json:
+        echo_json(job.to_json())
+    else:
+        click.echo(f"{job.run_id}: {job.state}\n  {job.progress}\n  output in {job.output}")
 
 
 @click.command()

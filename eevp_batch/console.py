@@ -1,4 +1,4 @@
-"""What the commands share: JSON on stdout, and how wide the terminal is."""
+"""What the commands share: options, JSON on stdout, and how wide the terminal is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ spec_overrides = click.option(
     multiple=True,
     metavar="A.B=C",
     help="Overrides a field of the job file; the value is YAML. May be repeated.",
+)
+address_option = click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="The run's cluster, as in cluster.address; by default where it was submitted to.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 

@@ -296,13 +296,15 @@ def _model_at(loc: Loc) -> type[BaseModel]:
 def _describe_at(loc: Loc) -> str:
     """What may stand at a place of the document."""
     names = [part for part in loc if isinstance(part, str)]
-    field = _model_at(tuple(names[:-1])).model_fields[names[-1]]
+    fields = _model_at(tuple(names[:-1])).model_fields
+    names = names if names[-1] in fields else names[:-1]  # a mapping's keys may be free
+    field = fields[names[-1]]
     if len(names) == len(loc):
         return describe(field.annotation, field.metadata)
     kinds = (field.annotation, *get_args(field.annotation))
     plain = (get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds)
-    kind = next(k for k in plain if get_origin(k) is list)
-    return describe(get_args(kind)[0])
+    kind = next(k for k in plain if get_origin(k) in (list, dict))
+    return describe(get_args(kind)[-1])
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -323,8 +325,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", or ".join(describe(arg) for arg in args)
     if origin is Literal:
         return ", ".join(str(arg) for arg in args)
-    if origin is list:
-        return f"a list, each item {describe(args[0])}"
+    if origin in (list, dict):
+        return f"a {'list' if origin is list else 'mapping'}, each item {describe(args[-1])}"
     if annotation is type(None):
         return "null"
     model = _model_in(annotation)

@@ -148,11 +148,36 @@ class ReplicaRange(Section):
         return self
 
 
+class EntryPointSpec(Section):
+    """What the process that coordinates a job asks of the cluster that it is submitted to."""
+
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    """CPU cores; none, which places it on the head node."""
+    memory: Annotated[
+        Count | None, BeforeValidator(_size), Allowed("null, or a size such as 2GiB or 512MiB")
+    ] = None
+    """Memory, in bytes or as `2GiB`; none asked for."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom resources of Ray by name, such as those of nodes that are not taken away; none."""
+
+
 class ClusterSpec(Section):
     """How many replicas run, and on what; changes speed, never the output."""
 
-    address: Text | None = None
-    """Running Ray cluster to join: `auto` or host:port of its head; none: one of the job's own."""
+    address: Annotated[
+        Text | None,
+        Field(pattern=r"^(auto|(ray|https?)://.+|[^/]+:\d+)$"),
+        Allowed("auto, ray://host:port, http(s)://host:port, host:port, or null"),
+    ] = None
+    """Ray cluster: `auto`, ray://, http(s):// to submit to, host:port to join; one of its own."""
+    shared_paths: list[Annotated[str, Field(pattern="^/"), Allowed("an absolute path")]] = []
+    """Folders that all nodes see under the same path, such as NFS; none, with auto: all."""
+    env: list[Text] = []
+    """Environment variables, by name, that a submitted job takes along from `submit`; none."""
+    pip: list[Text] = []
+    """Packages that Ray installs on the nodes for a submitted job; none: they are there."""
+    entry_point: EntryPointSpec = EntryPointSpec()
+    """What the coordinating process of a submitted job asks of the cluster."""
     replicas: Count | ReplicaRange = 1
     """Copies of the model that work side by side; a number n is {min: 1, max: n}."""
     gpus_per_replica: Auto | Annotated[float, Field(ge=0)] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ DEMO_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 # Nothing that a test needs is on the hub, and nothing it does is to be counted.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# What tests submit is nobody's history.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="eevp-state-")
 # Threads that spin while they wait make tiny models five times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

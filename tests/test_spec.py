@@ -100,6 +100,9 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
         "at most 1 where exit.mode is learn",
     ),
     ("cluster: {cpus_per_replica: 0}", 1, "cluster.cpus_per_replica", "0", "more than 0"),
+    ("cluster: {address: ftp://head}", 1, "cluster.address", '"ftp://head"', "auto, ray://host"),
+    ("cluster: {shared_paths: [nfs]}", 1, "cluster.shared_paths[0]", '"nfs"', "an absolute path"),
+    ("cluster: {entry_point: {resources: {a: 0}}}", 1, "cluster.entry_point.resources.a", "0", "m"),
     (
         "prompt: {on_overlong: drop}",
         1,

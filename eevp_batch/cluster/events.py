@@ -5,7 +5,8 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 
 | event | further fields |
 |---|---|
-| `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid` |
+| `job_started`, `job_resumed` | `chunks`, `chunks_committed` (by earlier runs), `replicas`, `pid`,
+| | `address` (that the job names), `submission_id` (to a job server, or null) |
 | `retry_started` | `chunks`, `rows` (error rows that are tried again), `replicas`, `pid` |
 | `replica_placed` | `replica` (that has a place on a node and starts there) |
 | `replica_ready` | `replica`, `pid`, `node_id`, `max_resident`, `leases`, `start_s`, `machine` |

@@ -9,20 +9,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import asdict, replace
 
 from eevp_batch import __version__
 from eevp_batch.cluster import rules
+from eevp_batch.cluster.addresses import to_join
 from eevp_batch.cluster.attached_ray import attached_ray
 from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
-from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
+from eevp_batch.cluster.engine_loop import Build
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Resources
 from eevp_batch.cluster.interrupts import Interrupts
+from eevp_batch.cluster.job_metadata import submission_id
+from eevp_batch.cluster.job_result import JobResult
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
+from eevp_batch.cluster.node_paths import check_nodes, job_paths
+from eevp_batch.cluster.own_node import loader
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
 from eevp_batch.cluster.resources import cpus_to_offer, fleet_size, offered, replica_resources
@@ -38,28 +41,7 @@ from eevp_batch.storage.repair import set_damage_aside
 from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
 
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """A job that is done.
-
-    Attributes:
-        totals: all of the job's chunks, those that earlier runs committed included.
-        totals_before: what earlier runs committed.
-        chunks_before: how many chunks that were.
-        wall_s: seconds of this run, from Ray's start to `_SUCCESS`.
-        working_s: seconds of them from the first replica's readiness to the last commit.
-        success: what `_SUCCESS` holds; nothing where a retry leaves chunks to do.
-    """
-
-    totals: ChunkStats
-    totals_before: ChunkStats
-    chunks: int
-    chunks_before: int
-    wall_s: float
-    working_s: float
-    recoveries: Recoveries
-    success: dict[str, Any]
+__all__ = ["JobResult", "run_job"]
 
 
 def run_job(
@@ -73,6 +55,8 @@ def run_job(
     dashboard: bool | None = None,
     retry: Sequence[str] | None = None,
     repairs: bool = False,
+    is_inside: bool = False,
+    stop_within_s: float | None = None,
 ) -> JobResult:
     """Generate for every chunk of the plan that is not committed yet, verify, write `_SUCCESS`.
 
@@ -90,8 +74,11 @@ def run_job(
             EEVP_DASHBOARD=0.
         retry: try only rows in error again, those of these classes; empty: all but skipped rows.
         repairs: whether chunks whose parts or records are damaged are done again.
+        is_inside: whether this process was started on a cluster in order to run the job there.
+        stop_within_s: see `Interrupts`.
 
     Raises:
+        SpecError: a node of the cluster does not see a path of the job.
         JobInterruptedError: SIGINT or SIGTERM; what is committed stays, running again resumes.
         TooManyErrorsError: more rows failed than `run.max_error_rate` or `run.max_errors` allow;
             running again with a higher limit resumes.
@@ -110,9 +97,11 @@ def run_job(
         dashboard=os.environ.get("EEVP_DASHBOARD") != "0" if dashboard is None else dashboard,
         retry=retry,
         repairs=repairs,
+        is_inside=is_inside,
     )
     try:
-        with run.committer.lock(), Interrupts() as interrupts:
+        interrupts = Interrupts(stop_within_s)
+        with run.committer.lock(), interrupts, interrupts.heeding(store):
             return run.run(interrupts)
     except OSError as error:
         raise JobFailedError(f"{store.text}: {error}") from error
@@ -133,8 +122,13 @@ class _Run:
         dashboard: bool,
         retry: Sequence[str] | None,
         repairs: bool,
+        is_inside: bool,
     ) -> None:
-        self.spec, self.model, self.plan, self.store = spec, model, plan, store
+        self.named_address = spec.cluster.address
+        joined = to_join(self.named_address, is_inside)
+        cluster = spec.cluster.model_copy(update={"address": joined})
+        self.spec = spec.model_copy(update={"cluster": cluster})
+        self.model, self.plan, self.store = model, plan, store
         self.build, self.dashboard = build, dashboard
         self.retry, self.repairs = retry, repairs
         self.on_progress, self.on_message = on_progress, on_message
@@ -203,7 +197,12 @@ class _Run:
         return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
 
     def _write_start(self, backlog: Backlog, num_done: int) -> None:
-        facts = {"replicas": self.spec.cluster.max_replicas, "pid": os.getpid()}
+        facts = {
+            "replicas": self.spec.cluster.max_replicas,
+            "pid": os.getpid(),
+            "address": self.named_address,
+            "submission_id": submission_id(),
+        }
         if self.retry is not None:
             rows = backlog.retried_rows
             self.events.write("retry_started", chunks=backlog.num_chunks, rows=rows, **facts)
@@ -236,7 +235,8 @@ class _Run:
         # A replica gets each chunk with its lease; the list of all of them may be large.
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
-        build = self.build or partial(_load, *job, resources)
+        build = self.build or loader(*job, resources)
+        check_nodes(job_paths(self.spec, self.plan, self.store), resources)
         fleet = Fleet(
             # Of this run alone: replicas of a driver that was killed may still be ending.
             namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",
@@ -334,15 +334,6 @@ class _Run:
 
 def _of(classes: Sequence[str]) -> str:
     return f" of class {' or '.join(classes)}" if classes else ""
-
-
-def _load(
-    spec: JobSpec, model: ModelConfig, plan: Plan, store_text: str, resources: Resources
-) -> tuple[RowEngine, RowEncoder]:
-    # Imported in the replica only: the driver needs no torch.
-    from eevp_batch.cluster.engines import load_engines
-
-    return load_engines(spec, model, plan, store_text, resources.num_threads, resources.num_gpus)
 
 
 def _print_message(text: str) -> None:

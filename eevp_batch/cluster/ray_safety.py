@@ -12,6 +12,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
 import ray
 
@@ -42,15 +43,15 @@ def refuse_open_dashboard(url: str | None) -> None:
     """Refuse a cluster whose dashboard other machines reach and that asks nobody for a token.
 
     Args:
-        url: host and port of its dashboard; None where it has none.
+        url: host and port of its dashboard, or its URL; None where it has none.
 
     Raises:
         ClusterError: it is open, and the environment does not say `EEVP_ALLOW_OPEN_RAY=1`.
     """
     if not url or os.environ.get(FORCE) == "1":
         return
-    host = url.rpartition(":")[0].strip("[]")
-    if not _is_loopback(host) and _answers_anybody(url):
+    whole = url if "://" in url else f"http://{url}"
+    if not _is_loopback(urlsplit(whole).hostname or "") and _answers_anybody(whole):
         raise ClusterError(
             f"Ray dashboard {url}: found no token authentication, so that whoever reaches it runs "
             "code on the cluster; allowed: a cluster started with RAY_AUTH_MODE=token, or "
@@ -69,7 +70,7 @@ def _answers_anybody(url: str) -> bool:
     """Whether it answers a request that brings no token; a dashboard that is not there does not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{url}/api/version", timeout=_ANSWER_S):
+        with opener.open(f"{url}/api/version", timeout=_ANSWER_S):
             return True
     except (OSError, ValueError):  # an HTTPError, such as 401, is an OSError
         return False

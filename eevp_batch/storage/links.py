@@ -16,6 +16,8 @@ _WRITTEN = (
     layout.COMMITS_DIR,
     layout.ATTEMPTS_DIR,
     layout.LEARNED_DIR,
+    layout.INPUTS_DIR,
+    layout.CANCEL,
     layout.PLAN,
     layout.RESOLVED_SPEC,
     layout.EVENTS,

@@ -166,10 +166,19 @@ def make_plan(spec: JobSpec, model: ModelConfig) -> Plan:
         chunks=found.chunks,
         num_rows=sum(chunk.num_rows for chunk in found.chunks),
         id_type=found.id_type,
-        run_id=f"{spec.name}-{uuid.uuid4().hex[:12]}",
+        run_id=new_run_id(spec.name),
         model=model.id,
         model_revision_or_hash=model.revision or model.content_hash,
     )
+
+
+def new_run_id(name: str) -> str:
+    """An id that no other run has.
+
+    Args:
+        name: of the job.
+    """
+    return f"{name}-{uuid.uuid4().hex[:12]}"
 
 
 def read_plan(store: Store) -> Plan:
@@ -235,6 +244,7 @@ __all__ = [
     "Plan",
     "changed_fields",
     "make_plan",
+    "new_run_id",
     "open_plan",
     "read_plan",
 ]

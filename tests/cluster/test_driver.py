@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from eevp_batch.cluster.guard import marked_processes
+from eevp_batch.cluster.interrupts import Interrupts
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
+from eevp_batch.errors import UsageError
+from eevp_batch.storage.cancelling import ask_to_end
 from tests.cluster.jobs import Job, make_job
 from tests.cluster.scripted import Script
 
@@ -140,6 +143,37 @@ def test_the_second_signal_ends_it_at_once(
     leased = {event["chunk_id"] for event in driver.job.events("chunk_leased")}
     assert done < leased, "it waited for what was under way"
     assert_resumes(driver.job, undisturbed)
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_a_request_in_the_output_folder_does_what_a_signal_does(
+    shared_ray: LocalRay, undisturbed: Job, tmp_path: Path, drains: bool
+) -> None:
+    driver = Driver(tmp_path, Script(step_s=0.4, max_resident=4))
+    driver.until_committed(1)
+    ask_to_end(driver.job.store, drains)
+    code, stderr = driver.end()
+    assert code == 130, stderr
+    done = {event["chunk_id"] for event in driver.job.events("chunk_committed")}
+    leased = {event["chunk_id"] for event in driver.job.events("chunk_leased")}
+    assert (leased == done and len(done) < 12) if drains else done < leased
+    with pytest.raises(UsageError, match="no run of this job is under way"):
+        ask_to_end(driver.job.store, drains)
+    assert_resumes(driver.job, undisturbed)
+
+
+def test_who_ends_the_process_soon_lets_it_end_in_order_before() -> None:
+    drained: list[bool] = []
+    with Interrupts(stop_within_s=0.2) as interrupts, pytest.raises(KeyboardInterrupt):
+        interrupts.drain_with(lambda: drained.append(True))
+        signal.raise_signal(signal.SIGTERM)
+        assert drained == [True], "the first signal drains"
+        time.sleep(60)
+    with Interrupts() as interrupts:
+        interrupts.drain_with(lambda: drained.append(True))
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert len(drained) == 2, "without a deadline it waits"
 
 
 def test_the_local_ray_listens_on_loopback_only(shared_ray: LocalRay) -> None:

@@ -175,9 +175,11 @@ def test_ray_repeats_nothing_of_its_own() -> None:
     names = [ast.unparse(call.func) for call in found]
     remote = [name for name in names if name == "ray.remote"]
     options = [c for c in found if isinstance(c.func, ast.Attribute) and c.func.attr == "options"]
-    assert len(remote) == len(options) == 1, "what is started without options has Ray's defaults"
-    counts = {k.arg: ast.unparse(k.value) for k in options[0].keywords}
-    assert (counts["max_restarts"], counts["max_task_retries"]) == ("0", "0")
+    assert len(remote) == len(options), "what is started without options has Ray's defaults"
+    for call in options:
+        counts = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        actor = {"max_restarts": "0", "max_task_retries": "0"}
+        assert counts.items() >= actor.items() or counts.get("max_retries") == "0"
 
 
 def test_the_wall_clock_decides_nothing() -> None:

@@ -49,12 +49,14 @@ def test_a_dashboard_that_asks_nobody_for_a_token_is_refused(
     refuse_open_dashboard(f"127.0.0.1:{port}")
     refuse_open_dashboard(f"localhost:{port}")
     refuse_open_dashboard(None)
-    public = f"0.0.0.0:{port}"
-    if status == 200:
+    refuse_open_dashboard(f"http://127.0.0.1:{port}")
+    public = [f"0.0.0.0:{port}", f"http://0.0.0.0:{port}"]
+    for url in public if status == 200 else ():
         with pytest.raises(ClusterError, match="found no token authentication"):
-            refuse_open_dashboard(public)
-        monkeypatch.setenv("EEVP_ALLOW_OPEN_RAY", "1")
-    refuse_open_dashboard(public)
+            refuse_open_dashboard(url)
+    monkeypatch.setenv("EEVP_ALLOW_OPEN_RAY", "1" if status == 200 else "0")
+    for url in public:
+        refuse_open_dashboard(url)
 
 
 def test_a_dashboard_that_is_not_there_is_not_refused() -> None:

@@ -43,7 +43,9 @@ def test_imports_go_one_way() -> None:
     # In a process of its own: it sets up logging, and thereby silences every logger that is there.
     code = "import sys; from importlinter import cli; sys.exit(cli.lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"a contract of pyproject.toml is broken\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, (
+        f"a contract of pyproject.toml is broken\n{done.stdout}{done.stderr}"
+    )
 
 
 def test_help_needs_only_click() -> None:

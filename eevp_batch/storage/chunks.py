@@ -24,7 +24,7 @@ from eevp_batch.storage.scan import plain_ids
 from eevp_batch.storage.schema import error_schema, is_text, listed, output_schema, plain_type
 
 _BATCH_ROWS = 1 << 8
-MAX_CHUNK_BYTES = 2 << 30
+MAX_CHUNK_BYTES = 512 << 20
 """Most bytes that a chunk's rows may take in memory: ids, kept columns, prompts."""
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
 from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+from eevp_batch.storage.page_guard import PageGuard, column_runs, read_header
 from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
@@ -29,6 +30,9 @@ UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
 # all of it.
 _READ_BUFFER_BYTES = 1 << 20
+# What the rows of a batch may come to, going by the footer and by the longest text that a
+# dictionary may hold; beyond that, batches have fewer rows. The guard has the last word.
+_BATCH_BYTES = 128 << 20
 _Answer = TypeVar("_Answer")
 
 
@@ -154,8 +158,7 @@ class InputParquet:
         """Record batches of rows `start` to `stop` of some top-level columns, in file order.
 
         Row groups outside the run are skipped, and inside one only the pages up to `stop` are
-        decoded. A page may be as large as the format lets it be, 2 GiB; beside it, memory holds one
-        batch.
+        decoded. Memory holds one batch, and its pages; where rows are long, a batch has fewer.
 
         Raises:
             InputError: the pages hold fewer rows than the footer says.
@@ -171,16 +174,20 @@ class InputParquet:
     ) -> Generator[Any, None, int]:
         """The batches; returns the number of the row after the last one that was read."""
         groups, position = self._row_groups(start, stop)
+        leaves = self._leaves(columns)
         with self.filesystem.open_input_file(self.path) as source:
+            guard = PageGuard(source, column_runs(self.metadata, groups, leaves))
             file = pq.ParquetFile(
-                source,
+                guard,
                 metadata=self.metadata,
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER_BYTES,
             )
+            at_once = min(batch_rows, self._rows_at_once(source, groups, leaves))
             for batch in file.iter_batches(
-                batch_size=batch_rows, row_groups=groups, columns=columns, use_threads=False
+                batch_size=at_once, row_groups=groups, columns=columns, use_threads=False
             ):
+                guard.begin_batch()
                 skip = max(start - position, 0)
                 keep = min(stop - position, batch.num_rows) - skip
                 position += batch.num_rows
@@ -191,6 +198,25 @@ class InputParquet:
                 if position >= stop:
                     break
         return position
+
+    def _leaves(self, columns: Sequence[str]) -> list[int]:
+        """Numbers of the columns, nested ones counted, that pyarrow reads for some names."""
+        names, inside = set(columns), tuple(f"{name}." for name in columns)
+        paths = (
+            self.metadata.schema.column(leaf).path for leaf in range(self.metadata.num_columns)
+        )
+        return [leaf for leaf, p in enumerate(paths) if p in names or p.startswith(inside)]
+
+    def _rows_at_once(self, source: Any, groups: Sequence[int], leaves: Sequence[int]) -> int:
+        """Rows that a batch may have, one at least."""
+        largest = 1
+        for group in map(self.metadata.row_group, groups):
+            columns = [group.column(leaf) for leaf in leaves]
+            a_row = sum(each.total_uncompressed_size for each in columns) // max(1, group.num_rows)
+            places = [each.dictionary_page_offset for each in columns]
+            longest = (read_header(source, place).uncompressed for place in places if place)
+            largest = max(largest, a_row, *longest)
+        return max(1, _BATCH_BYTES // largest)
 
     def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
         """The row groups that hold rows `start` to `stop`, and the first row of the first one."""

@@ -134,7 +134,10 @@ def test_a_template_that_does_not_parse_is_refused(encoder: MakeEncoder) -> None
         ({}, {"prompt": "a\ud800"}),
         ({"chat": False}, {"prompt": "\udfff"}),
         ({"template": r"{{ '\ud800' }} {{ prompt }}"}, {"prompt": "a"}),
-        ({"chat": False}, {"prompt": "</s>\ud800"}),  # with a control token, which is marked
+        (
+            {"chat": False},
+            {"prompt": "<|endoftext|>\ud800"},
+        ),  # with a control token, which is marked
     ],
 )
 def test_half_of_a_surrogate_pair_is_a_row_error(

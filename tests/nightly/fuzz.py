@@ -70,7 +70,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     targets = [target for target in all_targets() if options.only in target.name]
     total = Counter[str]()
-    print("| read | cases | CPU seconds | peak memory, MiB | what they gave |\n|---|---|---|---|---|")
+    print(
+        "| read | cases | CPU seconds | peak memory, MiB | what they gave |\n|---|---|---|---|---|"
+    )
     for target in targets:
         share = -(-options.cases * target.weight // sum(each.weight for each in targets))
         start_s = time.process_time()

@@ -48,7 +48,9 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
         stop = chunk.row_start + chunk.num_rows
         read = partial(file.batches, names, chunk.row_start, stop, _BATCH_ROWS)
         batches = patiently(planned.path, lambda: _held(read(), file.text))
-    except (InputError, *UNREADABLE) as error:
+    except InputError as error:  # it names the file
+        raise JobFailedError(f"chunk {chunk.name}: {error}") from error
+    except UNREADABLE as error:
         raise JobFailedError(f"chunk {chunk.name}: {planned.path}: {error}") from error
     table = pa.concat_tables(batches).combine_chunks()
     if ids_digest(table_ids(table, plan, planned.path)) != chunk.id_digest:

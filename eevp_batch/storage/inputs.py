@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
 from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
-from eevp_batch.storage.page_guard import PageGuard, column_runs, read_header
+from eevp_batch.storage.page_guard import PageGuard, column_runs, num_columns_said, read_header
 from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
@@ -25,6 +25,8 @@ MAX_FOOTER_BYTES = 32 << 20
 """Largest footer that is parsed: parsing takes 0.1 s and 30 MiB for each MiB."""
 MAX_COLUMNS = 10_000
 """Most columns of a file, nested ones counted."""
+# A list of structs has three groups around its columns.
+_GROUPS_A_COLUMN = 4
 # What pyarrow raises for a damaged file; a name in it may not be UTF-8.
 UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
@@ -249,6 +251,7 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
     location = locate(text)
     with location.filesystem.open_input_file(location.path) as source:
         footer = _read_footer(source, size)
+        _refuse_wide(num_columns_said(footer), "columns and groups", MAX_COLUMNS * _GROUPS_A_COLUMN)
         metadata = pq.read_metadata(pa.BufferReader(footer))
         _check_footer(metadata)
         schema = pq.ParquetFile(source, metadata=metadata).schema_arrow
@@ -283,10 +286,14 @@ def _check_footer(metadata: Any) -> None:
     Raises:
         pa.ArrowInvalid: says why.
     """
-    if metadata.num_columns > MAX_COLUMNS:
-        raise pa.ArrowInvalid(f"{metadata.num_columns:,} columns, more than {MAX_COLUMNS:,}")
+    _refuse_wide(metadata.num_columns, "columns", MAX_COLUMNS)
     groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
         raise pa.ArrowInvalid(
             f"a footer that says {metadata.num_rows} rows, but {sum(groups)} in its row groups"
         )
+
+
+def _refuse_wide(number: int, what: str, most: int) -> None:
+    if number > most:
+        raise pa.ArrowInvalid(f"{number:,} {what}, more than {most:,}")

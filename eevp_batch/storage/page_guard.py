@@ -1,11 +1,12 @@
-"""What a Parquet file's pages say of their size, seen before anything is decompressed.
+"""What a Parquet file says of its size, seen before anything of that size is made.
 
 A few kilobytes can be a page of 2 GiB, and a footer says nothing of pages that can be relied on.
-So the reader is given a file that looks at every page header which passes through it. Knows
-headers only: what stands in a page is pyarrow's business.
+So the reader is given a file that looks at every page header which passes through it, and a footer
+is asked for its number of columns before it is parsed. Knows headers only: what stands in a page is
+pyarrow's business.
 
-The format: https://github.com/apache/parquet-format (`PageHeader` in parquet.thrift), in Thrift's
-compact protocol.
+The format: https://github.com/apache/parquet-format (`PageHeader` and `FileMetaData` in
+parquet.thrift), in Thrift's compact protocol.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FIRST_READ_BYTES = 1 << 10
 _MAX_DEPTH = 8
 # Numbers of the fields that are read; the headers of the kinds of pages all begin with num_values.
 _UNCOMPRESSED_SIZE, _COMPRESSED_SIZE, _KINDS = 2, 3, (5, 7, 8)
-_I64, _DOUBLE, _BINARY, _STRUCT = 6, 7, 8, 12
+_I64, _DOUBLE, _BINARY, _LIST, _STRUCT = 6, 7, 8, 9, 12
 
 
 class PageHeader(NamedTuple):
@@ -187,6 +188,22 @@ def read_header(source: Any, position: int) -> PageHeader:
     raise pa.ArrowInvalid(f"no page header at byte {position:,}")
 
 
+def num_columns_said(footer: bytes) -> int:
+    """Columns in a footer's schema, nested ones and the groups around them counted.
+
+    Args:
+        footer: of the file; not parsed further than to that number.
+
+    Raises:
+        pa.ArrowInvalid: it does not begin as a footer does.
+    """
+    reader = _Thrift(footer)
+    try:
+        return reader.length_of_field(2)
+    except IndexError as error:
+        raise pa.ArrowInvalid("a footer that ends before its schema") from error
+
+
 def _parsed(content: bytes) -> PageHeader | None:
     """The header that some bytes begin with; None where they end before it does.
 
@@ -222,6 +239,18 @@ class _Thrift:
             number = number + delta if delta else self._integer()
             fields[number] = self._value(kind, depth)
         return fields
+
+    def length_of_field(self, wanted: int) -> int:
+        """Items of the list that is a field of the struct; the fields before it are skipped."""
+        number = 0
+        while (head := self._byte()) != 0:
+            delta, kind = head >> 4, head & 15
+            number = number + delta if delta else self._integer()
+            if number == wanted and kind == _LIST:
+                size = self._byte() >> 4
+                return size if size < 15 else self._varint()
+            self._value(kind, 0)
+        raise pa.ArrowInvalid("a footer without a schema")
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (1, 2):  # true and false have no bytes of their own

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
+from eevp_batch.cluster.head_watch import HeadWatch
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import Replica, ReplicaReady
@@ -112,6 +113,7 @@ class Fleet:
         resources: what each replica asks of Ray.
         arguments: those of `Replica` after its name.
         stderr_tail: the last lines that a process wrote before it died, by its id.
+        head: tells when Ray's head is gone.
     """
 
     def __init__(
@@ -121,8 +123,9 @@ class Fleet:
         resources: Resources,
         arguments: tuple[Any, ...],
         stderr_tail: Callable[[int], str],
+        head: HeadWatch | None = None,
     ) -> None:
-        self._stderr_tail = stderr_tail
+        self._stderr_tail, self._head = stderr_tail, head
         self.slots = [Slot(index) for index in range(size)]
         self.resources = resources
         self._namespace = namespace
@@ -167,7 +170,10 @@ class Fleet:
 
         Raises:
             JobFailedError: Ray itself has died.
+            ClusterError: its head is gone.
         """
+        if self._head is not None:
+            self._head.check()
         if not self._calls:
             time.sleep(timeout_s)
             return
@@ -187,7 +193,9 @@ class Fleet:
         slot.progress, slot.committed_rows, slot.is_learning = LoopProgress(), 0, False
 
     def close(self) -> None:
-        """Kill every replica."""
+        """Kill every replica, where there is a head that does it; the others end with us."""
+        if self._head is not None and self._head.is_lost:
+            return
         for slot in self.slots:
             if slot.handle is not None:
                 self.bury(slot)

@@ -15,7 +15,13 @@ import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
 from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
-from eevp_batch.storage.page_guard import PageGuard, column_runs, num_columns_said, read_header
+from eevp_batch.storage.page_guard import (
+    ColumnRun,
+    PageGuard,
+    column_runs,
+    num_columns_said,
+    read_header,
+)
 from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
@@ -124,6 +130,7 @@ class InputParquet:
     Attributes:
         text: its local path or URI.
         footer_hash: hex sha256 of its footer, which names every page's place, size and statistics.
+        runs: where the pages of each row group's columns stand.
     """
 
     text: str
@@ -132,6 +139,7 @@ class InputParquet:
     metadata: Any
     schema: Any
     footer_hash: str
+    runs: list[list[ColumnRun]]
 
     @classmethod
     def open(cls, text: str) -> InputParquet:
@@ -178,7 +186,7 @@ class InputParquet:
         groups, position = self._row_groups(start, stop)
         leaves = self._leaves(columns)
         with self.filesystem.open_input_file(self.path) as source:
-            guard = PageGuard(source, column_runs(self.metadata, groups, leaves))
+            guard = PageGuard(source, self._guarded(groups, leaves))
             file = pq.ParquetFile(
                 guard,
                 metadata=self.metadata,
@@ -209,15 +217,23 @@ class InputParquet:
         )
         return [leaf for leaf, p in enumerate(paths) if p in names or p.startswith(inside)]
 
+    def _guarded(
+        self, groups: Sequence[int], leaves: Sequence[int]
+    ) -> Iterator[tuple[ColumnRun, bool]]:
+        for leaf in leaves:
+            is_list = self.metadata.schema.column(leaf).max_repetition_level > 0
+            for group in groups:
+                yield self.runs[group][leaf], is_list
+
     def _rows_at_once(self, source: Any, groups: Sequence[int], leaves: Sequence[int]) -> int:
         """Rows that a batch may have, one at least."""
         largest = 1
-        for group in map(self.metadata.row_group, groups):
-            columns = [group.column(leaf) for leaf in leaves]
-            a_row = sum(each.total_uncompressed_size for each in columns) // max(1, group.num_rows)
-            places = [each.dictionary_page_offset for each in columns]
-            longest = (read_header(source, place).uncompressed for place in places if place)
-            largest = max(largest, a_row, *longest)
+        for group in groups:
+            runs = [self.runs[group][leaf] for leaf in leaves]
+            num_rows = self.metadata.row_group(group).num_rows
+            a_row = sum(run.uncompressed for run in runs) // max(1, num_rows)
+            dictionaries = (read_header(source, run.start) for run in runs if run.has_dictionary)
+            largest = max(largest, a_row, *(header.uncompressed for header in dictionaries))
         return max(1, _BATCH_BYTES // largest)
 
     def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
@@ -254,6 +270,9 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
         _refuse_wide(num_columns_said(footer), "columns and groups", MAX_COLUMNS * _GROUPS_A_COLUMN)
         metadata = pq.read_metadata(pa.BufferReader(footer))
         _check_footer(metadata)
+        runs = column_runs(footer)
+        if any(len(group) != metadata.num_columns for group in runs):
+            raise pa.ArrowInvalid("a row group that lacks columns")
         schema = pq.ParquetFile(source, metadata=metadata).schema_arrow
     return InputParquet(
         text=text,
@@ -262,6 +281,7 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
         metadata=metadata,
         schema=schema,
         footer_hash=hashlib.sha256(footer).hexdigest(),
+        runs=runs,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_headers_add_up_to_what_the_footer_says(path: Path) -> None:
-    metadata = pq.read_metadata(path)
-    source = pa.OSFile(str(path))
-    for group in range(metadata.num_row_groups):
-        for leaf in range(metadata.num_columns):
-            column = metadata.row_group(group).column(leaf)
-            (run,) = column_runs(metadata, [group], [leaf])
+    file, source = InputParquet.open(str(path)), pa.OSFile(str(path))
+    for group, runs in enumerate(file.runs):
+        for leaf, run in enumerate(runs):
+            column = file.metadata.row_group(group).column(leaf)
             position, uncompressed, values = run.start, 0, []
             while position < run.stop:
                 header = read_header(source, position)
@@ -67,10 +65,10 @@ def test_headers_add_up_to_what_the_footer_says(path: Path) -> None:
                 uncompressed += header.num_bytes + header.uncompressed
                 values.append(header.num_values)
             assert position == run.stop, "the last page ends where the column does"
-            assert uncompressed == column.total_uncompressed_size
-            of_data = values[1:] if column.has_dictionary_page else values
-            assert sum(of_data) == column.num_values
-            assert run.is_list == column.path_in_schema.startswith("talk")
+            assert uncompressed == column.total_uncompressed_size == run.uncompressed
+            assert run.has_dictionary == column.has_dictionary_page
+            assert sum(values[run.has_dictionary :]) == column.num_values
+    assert len(file.runs) == file.metadata.num_row_groups
 
 
 def test_a_guarded_file_is_read_as_any_other(path: Path) -> None:
@@ -81,13 +79,13 @@ def test_a_guarded_file_is_read_as_any_other(path: Path) -> None:
 
 
 def test_every_page_is_looked_at(path: Path) -> None:
-    metadata = pq.read_metadata(path)
-    runs = column_runs(metadata, range(metadata.num_row_groups), range(metadata.num_columns))
+    file = InputParquet.open(str(path))
+    runs = [(run, False) for group in file.runs for run in group]
     guard = PageGuard(pa.OSFile(str(path)), runs)
-    pq.ParquetFile(guard, metadata=metadata, pre_buffer=False, buffer_size=1 << 12).read(
-        use_threads=False
-    )
-    assert [run.next_header for run in runs] == [run.stop for run in runs]
+    reader = pq.ParquetFile(guard, metadata=file.metadata, pre_buffer=False, buffer_size=1 << 12)
+    assert not guard.is_through
+    reader.read(use_threads=False)
+    assert guard.is_through
 
 
 def plan_of(path: Path) -> Plan:
@@ -140,9 +138,9 @@ def test_long_rows_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_columns_do_not_lie_over_each_other() -> None:
-    runs = [ColumnRun(100, 200, False), ColumnRun(4, 101, False)]
+    runs = [ColumnRun(100, 200, 9, False), ColumnRun(4, 101, 9, False)]
     with pytest.raises(pa.ArrowInvalid, match="lie over each other"):
-        PageGuard(pa.BufferReader(b""), runs)
+        PageGuard(pa.BufferReader(b""), [(run, False) for run in runs])
 
 
 @given(st.binary(max_size=60) | st.lists(st.sampled_from(b"\x15\x2c\x1c\x00\xff\x08")).map(bytes))
@@ -154,25 +152,26 @@ def test_bytes_that_are_no_header_are_refused(content: bytes) -> None:
     assert min(header) >= 0 and header.num_bytes <= len(content)
 
 
+@given(st.binary(max_size=80))
+def test_bytes_that_are_no_footer_are_refused(content: bytes) -> None:
+    for read in (page_guard.num_columns_said, column_runs):
+        with contextlib.suppress(pa.ArrowInvalid):
+            read(content)
+
+
 def test_headers_without_end_are_refused() -> None:
     nested = b"\x1c" * 100_000  # structs in structs
     endless = b"\x18\xff\xff\xff\xff\x0f"  # a text of 4 GiB
     for content in (nested, endless, b"\x15" + b"\xff" * 100):
-        with pytest.raises(pa.ArrowInvalid, match="page header"):
+        with pytest.raises(pa.ArrowInvalid, match=r"without end|page header|64 bits"):
             read_header(pa.BufferReader(content), 0)
-
-
-def _headers_of(path: Path) -> Iterator[int]:
-    metadata = pq.read_metadata(path)
-    for run in column_runs(metadata, range(metadata.num_row_groups), range(metadata.num_columns)):
-        yield run.start
 
 
 def test_a_header_that_says_less_than_the_page_holds_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"id": ["a"] * 99, "prompt": ["p"] * 99}), path, compression="zstd")
     content = bytearray(path.read_bytes())
-    for start in _headers_of(path):
+    for start in (run.start for group in InputParquet.open(str(path)).runs for run in group):
         # Fields 1 to 3 are integers of one or two bytes: kind, uncompressed, compressed size.
         assert content[start] == 0x15 and content[start + 2] == 0x15
         content[start + 3] = 2  # one byte

@@ -11,6 +11,7 @@ import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
+from eevp_batch.cluster.head_watch import watched_head, watched_ray
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError, first_line
@@ -33,7 +34,8 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
     """
     found = _checked(address)
     if ray.is_initialized():
-        yield LocalRay(logs=current_logs())
+        with watched_head() as head:
+            yield LocalRay(logs=current_logs(), head=head)
         return
     refuse_old_ray()
     be_quiet()
@@ -41,11 +43,9 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
         joined = ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise _unreachable(address, error) from error
-    try:
+    with watched_ray() as head:
         refuse_open_dashboard(joined.dashboard_url)
-        yield LocalRay(logs=current_logs())
-    finally:
-        ray.shutdown()
+        yield LocalRay(logs=current_logs(), head=head)
 
 
 def _checked(address: str) -> str:

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
+from eevp_batch.cluster.head_watch import HeadWatch
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import Replica, ReplicaReady
@@ -156,6 +157,7 @@ class Fleet:
         resources: what each replica asks of Ray.
         arguments: those of `Replica` after its name.
         stderr_tail: the last lines that a process wrote before it died, by its id.
+        head: tells when Ray's head is gone.
     """
 
     def __init__(
@@ -165,8 +167,9 @@ class Fleet:
         resources: Resources,
         arguments: tuple[Any, ...],
         stderr_tail: Callable[[int], str],
+        head: HeadWatch | None = None,
     ) -> None:
-        self._stderr_tail = stderr_tail
+        self._stderr_tail, self._head = stderr_tail, head
         self.slots = [Slot(index) for index in range(size)]
         self.resources = resources
         self._namespace = namespace
@@ -237,7 +240,10 @@ class Fleet:
 
         Raises:
             JobFailedError: Ray itself has died.
+            ClusterError: its head is gone.
         """
+        if self._head is not None:
+            self._head.check()
         if not self._calls:
             time.sleep(timeout_s)
             return
@@ -267,7 +273,9 @@ class Fleet:
         slot.clear()
 
     def close(self) -> None:
-        """Kill every replica."""
+        """Kill every replica, where there is a head that does it; the others end with us."""
+        if self._head is not None and self._head.is_lost:
+            return
         for slot in self.slots:
             if not slot.is_empty:
                 self.bury(slot)

@@ -244,6 +244,7 @@ class _Run:
             resources=resources,
             arguments=(build, self.spec, small_plan, self.store.text),
             stderr_tail=local.tail,
+            head=local.head,
         )
         coordinator = Coordinator(
             spec=self.spec,

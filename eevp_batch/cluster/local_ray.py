@@ -14,15 +14,16 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from eevp_batch.cluster import guard
+from eevp_batch.cluster.head_watch import HeadWatch, watched_head, watched_ray
 from eevp_batch.cluster.ray_safety import refuse_old_ray
-from eevp_batch.errors import ClusterError
+from eevp_batch.errors import ClusterError, first_line
 
 # Only leases, attempts and counters cross Ray; the job's spec and plan are the largest objects.
 _OBJECT_STORE_BYTES = 128 << 20
@@ -44,10 +45,12 @@ class LocalRay:
     Attributes:
         dashboard_url: None where there is no dashboard.
         logs: folder of its processes' own logs; None where that is not this machine's.
+        head: tells when its head is gone.
     """
 
     dashboard_url: str | None = None
     logs: Path | None = None
+    head: HeadWatch | None = None
 
     def tail(self, pid: int, num_lines: int = 10) -> str:
         """The last lines that a worker process wrote to its stderr; empty where unknown."""
@@ -70,15 +73,19 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
     """
     refuse_old_ray()
     if ray.is_initialized():
-        yield LocalRay(logs=current_logs())
+        with watched_head() as head:
+            yield LocalRay(logs=current_logs(), head=head)
         return
     folder = _short_folder()
     marker = uuid.uuid4().hex
     with _guarded(f"{_MARKER}={marker}", folder):
         try:
-            yield _start(num_cpus, dashboard, folder, marker)
-        finally:
+            local = _start(num_cpus, dashboard, folder, marker)
+        except BaseException:  # an interrupt among them
             ray.shutdown()
+            raise
+        with watched_ray() as head:
+            yield replace(local, head=head)
 
 
 def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
@@ -95,8 +102,8 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
                 logging_level=logging.ERROR,
                 _temp_dir=folder,
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"the local Ray did not start: {error}") from error
+        except Exception as error:  # it raises bare ones too, where the machine is slow
+            raise ClusterError(f"the local Ray did not start: {first_line(error)}") from error
     url = context.dashboard_url if dashboard else None
     logs = Path(folder) / "session_latest" / "logs"
     return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)

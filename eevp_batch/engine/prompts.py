@@ -20,6 +20,7 @@ from eevp_batch.errors import (
     PromptRenderError,
     PromptTooLongError,
     RowSkippedError,
+    UnreadableTextError,
     UsageError,
 )
 from eevp_batch.spec import InputSpec, PromptSpec
@@ -97,6 +98,7 @@ class PromptEncoder:
             PromptRenderError: the template raised, or the messages are not messages.
             PromptTooLongError: over the limit and `on_overlong` is `error`.
             RowSkippedError: over the limit and `on_overlong` is `skip`.
+            UnreadableTextError: it holds what no UTF-8 has bytes for.
         """
         token_ids = self._token_ids({name: row[name] for name in self.columns if name in row})
         if not token_ids:
@@ -116,6 +118,7 @@ class PromptEncoder:
         text = self._text(marked)
         if len(text) > MAX_PROMPT_CHARS:
             raise self._too_long(f"{len(text):,} characters; allowed: at most {MAX_PROMPT_CHARS:,}")
+        _refuse_surrogates(text)
         if marked is not values:
             return self._control_tokens.encode(text, add_special_tokens=not self._is_chat)
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=not self._is_chat)[
@@ -161,3 +164,12 @@ class PromptEncoder:
             return template.render(messages)
         except Exception as error:  # as above
             raise PromptRenderError(f"chat template: {type(error).__name__}: {error}") from error
+
+
+def _refuse_surrogates(text: str) -> None:
+    """Refuse what tokenizers cannot take; a template may have written it as an escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"the prompt holds U+{ord(text[error.start]):04X}, half of a surrogate pair"
+        raise UnreadableTextError(found) from error

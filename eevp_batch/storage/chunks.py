@@ -24,7 +24,7 @@ from eevp_batch.storage.scan import plain_ids
 from eevp_batch.storage.schema import error_schema, is_text, listed, output_schema, plain_type
 
 _BATCH_ROWS = 1 << 8
-MAX_CHUNK_BYTES = 2 << 30
+MAX_CHUNK_BYTES = 512 << 20
 """Most bytes that a chunk's rows may take in memory: ids, kept columns, prompts."""
 
 
@@ -48,7 +48,9 @@ def read_chunk(plan: Plan, chunk: Chunk, columns: Sequence[str]) -> Any:
         stop = chunk.row_start + chunk.num_rows
         read = partial(file.batches, names, chunk.row_start, stop, _BATCH_ROWS)
         batches = patiently(planned.path, lambda: _held(read(), file.text))
-    except (InputError, *UNREADABLE) as error:
+    except InputError as error:  # it names the file
+        raise JobFailedError(f"chunk {chunk.name}: {error}") from error
+    except UNREADABLE as error:
         raise JobFailedError(f"chunk {chunk.name}: {planned.path}: {error}") from error
     table = pa.concat_tables(batches).combine_chunks()
     if ids_digest(table_ids(table, plan, planned.path)) != chunk.id_digest:

@@ -15,6 +15,13 @@ import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
 from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+from eevp_batch.storage.page_guard import (
+    ColumnRun,
+    PageGuard,
+    column_runs,
+    num_columns_said,
+    read_header,
+)
 from eevp_batch.storage.retries import Patience, keep_trying
 
 _ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
@@ -24,11 +31,16 @@ MAX_FOOTER_BYTES = 32 << 20
 """Largest footer that is parsed: parsing takes 0.1 s and 30 MiB for each MiB."""
 MAX_COLUMNS = 10_000
 """Most columns of a file, nested ones counted."""
+# A list of structs has three groups around its columns.
+_GROUPS_A_COLUMN = 4
 # What pyarrow raises for a damaged file; a name in it may not be UTF-8.
 UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 # Pages are read through a buffer of this size, so that a chunk of a huge row group does not load
 # all of it.
 _READ_BUFFER_BYTES = 1 << 20
+# What the rows of a batch may come to, going by the footer and by the longest text that a
+# dictionary may hold; beyond that, batches have fewer rows. The guard has the last word.
+_BATCH_BYTES = 128 << 20
 _Answer = TypeVar("_Answer")
 
 
@@ -118,6 +130,7 @@ class InputParquet:
     Attributes:
         text: its local path or URI.
         footer_hash: hex sha256 of its footer, which names every page's place, size and statistics.
+        runs: where the pages of each row group's columns stand.
     """
 
     text: str
@@ -126,6 +139,7 @@ class InputParquet:
     metadata: Any
     schema: Any
     footer_hash: str
+    runs: list[list[ColumnRun]]
 
     @classmethod
     def open(cls, text: str) -> InputParquet:
@@ -154,8 +168,7 @@ class InputParquet:
         """Record batches of rows `start` to `stop` of some top-level columns, in file order.
 
         Row groups outside the run are skipped, and inside one only the pages up to `stop` are
-        decoded. A page may be as large as the format lets it be, 2 GiB; beside it, memory holds one
-        batch.
+        decoded. Memory holds one batch, and its pages; where rows are long, a batch has fewer.
 
         Raises:
             InputError: the pages hold fewer rows than the footer says.
@@ -171,16 +184,20 @@ class InputParquet:
     ) -> Generator[Any, None, int]:
         """The batches; returns the number of the row after the last one that was read."""
         groups, position = self._row_groups(start, stop)
+        leaves = self._leaves(columns)
         with self.filesystem.open_input_file(self.path) as source:
+            guard = PageGuard(source, self._guarded(groups, leaves))
             file = pq.ParquetFile(
-                source,
+                guard,
                 metadata=self.metadata,
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER_BYTES,
             )
+            at_once = min(batch_rows, self._rows_at_once(source, groups, leaves))
             for batch in file.iter_batches(
-                batch_size=batch_rows, row_groups=groups, columns=columns, use_threads=False
+                batch_size=at_once, row_groups=groups, columns=columns, use_threads=False
             ):
+                guard.begin_batch()
                 skip = max(start - position, 0)
                 keep = min(stop - position, batch.num_rows) - skip
                 position += batch.num_rows
@@ -191,6 +208,33 @@ class InputParquet:
                 if position >= stop:
                     break
         return position
+
+    def _leaves(self, columns: Sequence[str]) -> list[int]:
+        """Numbers of the columns, nested ones counted, that pyarrow reads for some names."""
+        names, inside = set(columns), tuple(f"{name}." for name in columns)
+        paths = (
+            self.metadata.schema.column(leaf).path for leaf in range(self.metadata.num_columns)
+        )
+        return [leaf for leaf, p in enumerate(paths) if p in names or p.startswith(inside)]
+
+    def _guarded(
+        self, groups: Sequence[int], leaves: Sequence[int]
+    ) -> Iterator[tuple[ColumnRun, bool]]:
+        for leaf in leaves:
+            is_list = self.metadata.schema.column(leaf).max_repetition_level > 0
+            for group in groups:
+                yield self.runs[group][leaf], is_list
+
+    def _rows_at_once(self, source: Any, groups: Sequence[int], leaves: Sequence[int]) -> int:
+        """Rows that a batch may have, one at least."""
+        largest = 1
+        for group in groups:
+            runs = [self.runs[group][leaf] for leaf in leaves]
+            num_rows = self.metadata.row_group(group).num_rows
+            a_row = sum(run.uncompressed for run in runs) // max(1, num_rows)
+            dictionaries = (read_header(source, run.start) for run in runs if run.has_dictionary)
+            largest = max(largest, a_row, *(header.uncompressed for header in dictionaries))
+        return max(1, _BATCH_BYTES // largest)
 
     def _row_groups(self, start: int, stop: int) -> tuple[list[int], int]:
         """The row groups that hold rows `start` to `stop`, and the first row of the first one."""
@@ -223,8 +267,12 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
     location = locate(text)
     with location.filesystem.open_input_file(location.path) as source:
         footer = _read_footer(source, size)
+        _refuse_wide(num_columns_said(footer), "columns and groups", MAX_COLUMNS * _GROUPS_A_COLUMN)
         metadata = pq.read_metadata(pa.BufferReader(footer))
         _check_footer(metadata)
+        runs = column_runs(footer)
+        if any(len(group) != metadata.num_columns for group in runs):
+            raise pa.ArrowInvalid("a row group that lacks columns")
         schema = pq.ParquetFile(source, metadata=metadata).schema_arrow
     return InputParquet(
         text=text,
@@ -233,6 +281,7 @@ def _open(text: str, size: int, mtime_ns: int) -> InputParquet:
         metadata=metadata,
         schema=schema,
         footer_hash=hashlib.sha256(footer).hexdigest(),
+        runs=runs,
     )
 
 
@@ -257,10 +306,14 @@ def _check_footer(metadata: Any) -> None:
     Raises:
         pa.ArrowInvalid: says why.
     """
-    if metadata.num_columns > MAX_COLUMNS:
-        raise pa.ArrowInvalid(f"{metadata.num_columns:,} columns, more than {MAX_COLUMNS:,}")
+    _refuse_wide(metadata.num_columns, "columns", MAX_COLUMNS)
     groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
         raise pa.ArrowInvalid(
             f"a footer that says {metadata.num_rows} rows, but {sum(groups)} in its row groups"
         )
+
+
+def _refuse_wide(number: int, what: str, most: int) -> None:
+    if number > most:
+        raise pa.ArrowInvalid(f"{number:,} {what}, more than {most:,}")

@@ -16,6 +16,7 @@ from eevp_batch.errors import (
     PromptTooLongError,
     RowError,
     RowSkippedError,
+    UnreadableTextError,
     UsageError,
 )
 from eevp_batch.spec import InputSpec, PromptSpec
@@ -125,3 +126,22 @@ def test_settings_that_need_a_chat_template_are_refused_without_one(
 def test_a_template_that_does_not_parse_is_refused(encoder: MakeEncoder) -> None:
     with pytest.raises(UsageError, match=r"prompt\.template"):
         encoder(template="{{ a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        ({}, {"prompt": "a\ud800"}),
+        ({"chat": False}, {"prompt": "\udfff"}),
+        ({"template": r"{{ '\ud800' }} {{ prompt }}"}, {"prompt": "a"}),
+        (
+            {"chat": False},
+            {"prompt": "<|endoftext|>\ud800"},
+        ),  # with a control token, which is marked
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_row_error(
+    encoder: MakeEncoder, settings: dict[str, Any], row: dict[str, Any]
+) -> None:
+    with pytest.raises(UnreadableTextError, match=r"U\+D(800|FFF), half of a surrogate pair"):
+        encoder(**settings).encode(row)

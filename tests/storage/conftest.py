@@ -1,9 +1,10 @@
-"""An S3 endpoint for the tests of this folder."""
+"""Stores of several kinds for the tests of this folder, one of them an S3 endpoint."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,17 @@ from eevp_batch.storage.lock import LockTimes
 from eevp_batch.storage.retries import Patience
 from eevp_batch.storage.store import Store
 from tests.s3_server import ENVIRONMENT, S3Server, s3_server
+from tests.storage.jobs import stores
 
 QUICK = Patience(first_s=0.01, longest_s=0.05, total_s=60.0)
 QUICK_LOCK = LockTimes(beat_s=0.2, hold_s=0.6, silent_s=1.2, settle_s=0.1)
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(params=["local", "mock"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty folder, on disk and elsewhere; modules that need other kinds have their own."""
+    return dict(stores(tmp_path))[request.param]
 
 
 @pytest.fixture(scope="session")

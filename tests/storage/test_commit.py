@@ -26,7 +26,6 @@ from tests.storage.jobs import (
     results,
     run_job,
     snapshot,
-    stores,
     write_input,
 )
 
@@ -97,9 +96,8 @@ def test_deleted_records_make_exactly_their_chunks_run_again(
 # --- one commit ------------------------------------------------------------
 
 
-@pytest.fixture(params=["local", "mock"])
-def job(request: pytest.FixtureRequest, tmp_path: Path, spec: JobSpec) -> tuple[Store, Plan]:
-    store = dict(stores(tmp_path))[request.param]
+@pytest.fixture
+def job(store: Store, spec: JobSpec) -> tuple[Store, Plan]:
     return store, open_plan(store, make_plan(spec, MODEL))
 
 

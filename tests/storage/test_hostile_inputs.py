@@ -136,6 +136,22 @@ def test_wide_files_are_refused_in_few_words(write: Write, monkeypatch: pytest.M
         plan_of(write({**wide, "more": [1]}))
 
 
+def test_a_million_columns_are_counted_before_the_footer_is_parsed(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = pa.schema([(f"{number:x}", pa.int8()) for number in range(1 << 17)])
+    path = write(schema.empty_table(), store_schema=False)
+    content = path.read_bytes()
+    assert len(footer_of(content)) < inputs.MAX_FOOTER_BYTES, "it is not refused for its length"
+
+    def parse(source: Any) -> None:
+        raise AssertionError("parsing it takes seconds and gigabytes")
+
+    monkeypatch.setattr(pq, "read_metadata", parse)
+    with pytest.raises(InputError, match="131,073 columns and groups, more than 40,000"):
+        plan_of(path)
+
+
 def test_a_name_of_a_megabyte_is_told_in_part(write: Write) -> None:
     with pytest.raises(InputError) as caught:
         plan_of(write({"x" * (1 << 20): [1]}))

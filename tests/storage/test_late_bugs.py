@@ -28,7 +28,6 @@ from tests.storage.jobs import (
     make_spec,
     run_job,
     snapshot,
-    stores,
     write_input,
 )
 
@@ -36,11 +35,6 @@ from tests.storage.jobs import (
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
     return make_spec(write_input(tmp_path / "in.parquet", [f"row {row}" for row in range(10)]))
-
-
-@pytest.fixture(params=["local", "mock"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return dict(stores(tmp_path))[request.param]
 
 
 def planned(store: Store, spec: JobSpec) -> tuple[Plan, Committer]:
@@ -178,7 +172,7 @@ def test_a_second_coordinator_is_refused_before_it_touches_anything(tmp_path: Pa
 def test_where_no_lock_holds_the_record_admits_one_of_two(
     spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = dict(stores(tmp_path))["local"]
+    store = Store.open(tmp_path / "out")
     plan, first = planned(store, spec)
     second = Committer(store, plan)
     ours = attempt_chunk(store, plan, spec, plan.chunks[0])

@@ -56,6 +56,29 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptTokens:
+    """Whether the tokens chosen from the whole vocabulary were among the K ids kept; merge by `+`.
+
+    Only tokens that went through the last layer are chosen so, under `final_head: full`.
+
+    Attributes:
+        tokens: those of which it is known.
+        kept: of them, those whose id had been kept where the vocabulary was cut.
+    """
+
+    tokens: int = 0
+    kept: int = 0
+
+    def __add__(self, other: KeptTokens) -> KeptTokens:
+        return KeptTokens(self.tokens + other.tokens, self.kept + other.kept)
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the tokens that had been kept, 0..1; None where there are none."""
+        return self.kept / self.tokens if self.tokens else None
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One finished generation.
 
@@ -64,6 +87,8 @@ class Generation:
         finish_reason: `eos`, `stop` (a stop string) or `length`.
         seed: the 64-bit seed of this (job seed, row id, sample index), unsigned.
         audit: of an audited row.
+        kept: whether its deep tokens were among the ids kept.
+        seconds: from its first admission to memory until it was finished; None: nobody measured.
     """
 
     row_id: RowId
@@ -76,6 +101,8 @@ class Generation:
     num_layers: int
     tag: Any = None
     audit: Audit | None = None
+    kept: KeptTokens = field(default_factory=KeptTokens)
+    seconds: float | None = None
 
     @property
     def generated_tokens(self) -> int:

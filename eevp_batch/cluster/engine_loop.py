@@ -15,9 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from eevp_batch.cluster.idle_clock import IdleClock
 from eevp_batch.cluster.watchdog import Pulse
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
+from eevp_batch.vitals import EngineVitals, vitals_of
 
 _SNAPSHOT_EVERY_S = 0.25
 
@@ -102,6 +104,8 @@ class LoopProgress:
         max_resident: the most sequences that the engine of the moment can hold.
         shortages: how often memory ran out in a step, since the engine was built.
         doing: what the thread does, and for how long; empty before it is known.
+        idle_s: seconds since the engine was built in which nothing ran on its devices.
+        vitals: what else the engine tells.
     """
 
     tokens: int = 0
@@ -111,6 +115,8 @@ class LoopProgress:
     max_resident: int = 0
     shortages: int = 0
     doing: str = ""
+    idle_s: float = 0.0
+    vitals: EngineVitals = field(default_factory=EngineVitals)
 
 
 class ChunkWork:
@@ -190,6 +196,7 @@ class EngineLoop:
         self._finished_rows = 0
         self._progress = LoopProgress()
         self._snapshot_due_s = 0.0
+        self._idle: IdleClock | None = None  # before the engine is built
         self._thread = threading.Thread(target=self._run, name="eevp-engine", daemon=True)
         self._thread.start()
 
@@ -230,7 +237,8 @@ class EngineLoop:
 
     def progress(self) -> LoopProgress:
         """Counters, at most a quarter of a second old while the engine is busy."""
-        return replace(self._progress, doing=str(self.pulse))
+        idle_s = 0.0 if self._idle is None else self._idle.idle_s
+        return replace(self._progress, doing=str(self.pulse), idle_s=idle_s)
 
     def close(self) -> None:
         """End the thread once the current step is over, and wait for that."""
@@ -244,9 +252,10 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             engine, encoder = self._build()
+            self._idle = IdleClock()
             self.built.set_result((engine, encoder))
             while self._wait_for_work(engine):
-                self._turn(engine)
+                self._turn(engine, self._idle)
         except BaseException as error:
             self._fail(error)
 
@@ -260,16 +269,19 @@ class EngineLoop:
                 self._changed.wait()
             return not self._is_closed
 
-    def _turn(self, engine: RowEngine) -> None:
+    def _turn(self, engine: RowEngine, idle: IdleClock) -> None:
         """Admit what fits, run one step, hand out what finished; or do one task."""
         if self._tasks and engine.is_idle and not self._line:
             self.pulse.begin("learns exits")
-            self._tasks.popleft()()
+            with idle:
+                self._tasks.popleft()()
             return
         self.pulse.begin("runs a step", is_bounded=True)
         admitted = self._admit(engine)
         if not engine.is_idle:
-            for result in engine.step():
+            with idle:
+                results = engine.step()
+            for result in results:
                 self._settle(result.tag, result.row_id, result)
         elif not admitted:
             raise EngineStalledError(f"an idle engine admits none of {len(self._line)} prompts")
@@ -314,6 +326,7 @@ class EngineLoop:
             waiting_prompts=len(self._line),
             max_resident=engine.max_resident,
             shortages=engine.stats.shortages,
+            vitals=vitals_of(engine),
         )
 
     def _fail(self, error: BaseException) -> None:

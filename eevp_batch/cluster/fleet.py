@@ -20,6 +20,7 @@ from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.ray_names import CALLS, actor_name
 from eevp_batch.cluster.replica import Replica, ReplicaReady
 from eevp_batch.errors import EevpError, JobFailedError
 
@@ -135,7 +136,7 @@ class Fleet:
         """Start a replica in an empty slot; its `ready` outcome tells when its engine is built."""
         slot.starts += 1
         slot.handle = self._actor.options(
-            name=slot.name,
+            name=actor_name(self._namespace, slot.name),
             namespace=self._namespace,
             num_cpus=self.resources.num_cpus,
             num_gpus=self.resources.num_gpus,
@@ -144,23 +145,23 @@ class Fleet:
             max_restarts=0,
             max_task_retries=0,
         ).remote(slot.name, *self._arguments)
-        self._remember(slot.handle.ready.remote(), slot, "ready")
+        self._call(slot, "ready")
 
     def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send a lease to the slot's replica."""
-        self._remember(slot.handle.process.remote(lease, task), slot, "process", lease)
+        self._call(slot, "process", lease, task)
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask the slot's replica to learn exits."""
         slot.is_learning = True
-        self._remember(slot.handle.learn.remote(order), slot, "learn")
+        self._call(slot, "learn", order)
 
     def poll(self) -> None:
         """Ask each replica that has answered the last poll for its progress, once it can."""
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
         for slot in self.slots:
             if slot.handle is not None and slot.index not in asked:
-                self._remember(slot.handle.progress.remote(), slot, "progress")
+                self._call(slot, "progress")
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
         """Wait for calls to end; yields the outcome of each that has.
@@ -205,8 +206,11 @@ class Fleet:
                 reason += f"\nwhen last heard of, it: {slot.progress.doing}"
             return Outcome(slot, call, lease, lost=reason)
 
-    def _remember(self, ref: Any, slot: Slot, call: Call, lease: Lease | None = None) -> None:
-        self._calls[ref] = (slot, call, lease)
+    def _call(self, slot: Slot, call: Call, *arguments: Any) -> None:
+        """Begin a call, under a name for people, and remember it."""
+        method = getattr(slot.handle, call).options(name=CALLS[call])
+        lease = next((found for found in arguments if isinstance(found, Lease)), None)
+        self._calls[method.remote(*arguments)] = (slot, call, lease)
 
 
 def _reason(text: str, stderr_tail: Callable[[int], str]) -> str:

@@ -9,9 +9,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from eevp_batch import __version__
 from eevp_batch.cluster import rules
@@ -22,9 +21,13 @@ from eevp_batch.cluster.engine_loop import Build, RowEncoder, RowEngine
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet
 from eevp_batch.cluster.interrupts import Interrupts
+from eevp_batch.cluster.job_page import JobPage
+from eevp_batch.cluster.job_result import JobResult
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
+from eevp_batch.cluster.metrics import JobMetrics
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
+from eevp_batch.cluster.ray_names import job_metadata
 from eevp_batch.cluster.resources import cpus_to_offer, offered, replica_resources
 from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError
 from eevp_batch.model_config import ModelConfig
@@ -37,29 +40,6 @@ from eevp_batch.storage.plan import Plan
 from eevp_batch.storage.repair import set_damage_aside
 from eevp_batch.storage.retries import NO_PATIENCE
 from eevp_batch.storage.store import Store
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """A job that is done.
-
-    Attributes:
-        totals: all of the job's chunks, those that earlier runs committed included.
-        totals_before: what earlier runs committed.
-        chunks_before: how many chunks that were.
-        wall_s: seconds of this run, from Ray's start to `_SUCCESS`.
-        working_s: seconds of them from the first replica's readiness to the last commit.
-        success: what `_SUCCESS` holds; nothing where a retry leaves chunks to do.
-    """
-
-    totals: ChunkStats
-    totals_before: ChunkStats
-    chunks: int
-    chunks_before: int
-    wall_s: float
-    working_s: float
-    recoveries: Recoveries
-    success: dict[str, Any]
 
 
 def run_job(
@@ -142,6 +122,9 @@ class _Run:
         self.events = EventLog(store)
         self.started_s = time.monotonic()
         self.coordinator: Coordinator | None = None
+        self.metadata = job_metadata(plan.run_id, store.text)
+        self.page = JobPage(self.metadata)
+        self.metrics = JobMetrics(spec.name, plan.run_id)
 
     def run(self, interrupts: Interrupts) -> JobResult:
         """Do it, and leave the end of it in the event log whatever it is."""
@@ -218,8 +201,8 @@ class _Run:
     def _ray(self) -> AbstractContextManager[LocalRay]:
         cluster = self.spec.cluster
         if cluster.address is not None:
-            return attached_ray(cluster.address)
-        return local_ray(cpus_to_offer(cluster), self.dashboard)
+            return attached_ray(cluster.address, self.metadata)
+        return local_ray(cpus_to_offer(cluster), self.dashboard, self.metadata)
 
     def _coordinate(
         self,
@@ -253,7 +236,7 @@ class _Run:
             backlog=backlog,
             num_done=num_done,
             totals=before,
-            on_progress=self.on_progress,
+            on_progress=self._tell_progress,
             on_message=self.on_message,
             phases=phases,
         )
@@ -266,6 +249,13 @@ class _Run:
         if not coordinator.is_finished:
             raise KeyboardInterrupt
         return coordinator
+
+    def _tell_progress(self, found: Progress) -> None:
+        """To Prometheus, to the Ray dashboard, and to whoever asked for it."""
+        if self.coordinator is not None:
+            self.metrics.publish(found, self.coordinator.totals, self.coordinator.recoveries)
+        self.page.tell(found)
+        self.on_progress(found)
 
     def _attempts(self) -> Iterator[Attempt]:
         return (record.attempt for record in self.committer.records())

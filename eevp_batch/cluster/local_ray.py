@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from eevp_batch.cluster import guard
 from eevp_batch.cluster.ray_safety import refuse_old_ray
@@ -58,12 +59,15 @@ class LocalRay:
 
 
 @contextlib.contextmanager
-def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
+def local_ray(
+    num_cpus: int, dashboard: bool, metadata: dict[str, str] | None = None
+) -> Iterator[LocalRay]:
     """Start a local Ray for the block, or use the one that this process is already connected to.
 
     Args:
         num_cpus: logical CPUs that replicas may ask for.
         dashboard: whether to serve the dashboard on 127.0.0.1, where its packages are installed.
+        metadata: what Ray is told of the job.
 
     Raises:
         ClusterError: Ray did not start, or is too old to be safe.
@@ -76,12 +80,14 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
     marker = uuid.uuid4().hex
     with _guarded(f"{_MARKER}={marker}", folder):
         try:
-            yield _start(num_cpus, dashboard, folder, marker)
+            yield _start(num_cpus, dashboard, folder, marker, metadata)
         finally:
             ray.shutdown()
 
 
-def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
+def _start(
+    num_cpus: int, dashboard: bool, folder: str, marker: str, metadata: dict[str, str] | None
+) -> LocalRay:
     be_quiet()
     with _environment({**_VARIABLES, _MARKER: marker}), _loopback_kept():
         try:
@@ -93,6 +99,7 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=JobConfig(metadata=metadata),
                 _temp_dir=folder,
             )
         except (OSError, RuntimeError, ValueError) as error:

@@ -32,6 +32,7 @@ from eevp_batch.cluster.engine_loop import (
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.machine import describe_machine
+from eevp_batch.cluster.metrics import ReplicaMetrics
 from eevp_batch.cluster.selection import Selection, select_rows, take_rows
 from eevp_batch.cluster.watchdog import watch
 from eevp_batch.errors import EevpError, EngineError, JobFailedError, RowError, UnreadableTextError
@@ -82,6 +83,7 @@ class Replica:
         self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="eevp-io")
         self._started_s = time.monotonic()
         self._loop = EngineLoop(build)
+        self._metrics = ReplicaMetrics(spec.name, plan.run_id, name)
         watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
@@ -134,8 +136,10 @@ class Replica:
             raise _told(error, f"{self._name}, learning exits") from error
 
     async def progress(self) -> LoopProgress:
-        """Counters of the engine, and what it is doing."""
-        return self._loop.progress()
+        """Counters of the engine, and what it is doing; they are published at the same time."""
+        found = self._loop.progress()
+        self._metrics.publish(found)
+        return found
 
     async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:
         started_unix_s = time.time()
@@ -143,7 +147,7 @@ class Replica:
         run = asyncio.get_running_loop().run_in_executor
         loaded = await run(self._io, self._load, lease, task, encoder)
         result = await asyncio.wrap_future(self._loop.submit(loaded.work))
-        return await run(
+        attempt = await run(
             self._io,
             lambda: write_attempt(
                 self._store,
@@ -162,6 +166,8 @@ class Replica:
                 task.pieces if task.is_whole else (),
             ),
         )
+        self._metrics.chunk_is_written(attempt.stats.busy_s)
+        return attempt
 
     def _load(self, lease: Lease, task: ChunkTask, encoder: RowEncoder) -> _Loaded:
         """Read a chunk's rows and encode those that are to run."""

@@ -16,6 +16,7 @@ from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.exits import Decision, ExitRule
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.limits import Limits
+from eevp_batch.engine.outcomes import failed, finished, timed_out
 from eevp_batch.engine.packing import PackedTokens, pack
 from eevp_batch.engine.prefixes import Prefixes
 from eevp_batch.engine.proposals import Proposal
@@ -30,11 +31,11 @@ from eevp_batch.errors import (
     EngineStalledError,
     NonFiniteScoresError,
     RowError,
-    RowTimeoutError,
     UsageError,
 )
-from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
+from eevp_batch.records import Generation, KeptTokens, Prompt, RowFailure, TokenExit
 from eevp_batch.spec import ExitSpec, SamplingSpec
+from eevp_batch.vitals import EngineVitals
 
 PROJECTED_PER_RUN = 8
 """Tokens that are only projected for the cost of one that runs; each takes 3 to 17 % of a layer."""
@@ -145,6 +146,21 @@ class Engine:
         """Whether another prompt could become resident now; adding beyond it only queues."""
         return len(self._residents.arrivals) < self._residents.num_free_seats
 
+    @property
+    def vitals(self) -> EngineVitals:
+        """What it holds and has done, at this moment."""
+        return EngineVitals(
+            num_layers=self._model.num_layers,
+            num_kept_ids=self._rule.num_kept,
+            steps=self.stats.steps.copy(),
+            rows=self.stats.rows.copy(),
+            kept=self.stats.kept,
+            waiting=self.queues.lengths,
+            arrivals=len(self._residents.arrivals),
+            pages=self.pool.num_pages,
+            pages_in_use=self.pool.num_pages_in_use,
+        )
+
     def add(self, prompt: Prompt) -> None:
         """Queue one prompt; it becomes resident when memory allows."""
         seed = generation_seed(self._sampling.seed, prompt.row_id, prompt.sample_index)
@@ -206,7 +222,7 @@ class Engine:
         Raises:
             EngineStalledError: nothing could run although work remains.
         """
-        refused = [_failure(*found) for found in self._residents.admit()]
+        refused = [failed(*found) for found in self._residents.admit()]
         batch = self.queues.pop(_cost)
         if batch is None:
             if not refused and not self.is_idle:
@@ -224,7 +240,7 @@ class Engine:
         if found is None:
             cost = sum(_cost(depth, sequence) for sequence in sequences)
             too_large = self._residents.make_do(sequences, cost)
-            return [*refused, *(_failure(*found) for found in too_large)]
+            return [*refused, *(failed(*found) for found in too_large)]
         tokens, decision = found
         self.stats.steps[depth] += 1
         self.stats.rows[depth] += len(sequences)
@@ -260,11 +276,11 @@ class Engine:
                     f"scores after layer {exit_layer} are not finite at generated token "
                     f"{sequence.num_generated}"
                 )
-                results.append(_failure(sequence, error))
+                results.append(failed(sequence, error))
                 self._residents.taint(sequence)
                 self._residents.leave(sequence)
             elif now_s > sequence.deadline_s:
-                results.append(_failure(sequence, _timeout(sequence)))
+                results.append(failed(sequence, timed_out(sequence)))
                 self._residents.leave(sequence)
             elif not decision.leaves[stop - 1]:
                 sequence.mark_filled(depth)
@@ -274,13 +290,19 @@ class Engine:
                     TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
                     for row in range(start, stop)
                 ]
-                results += self._settle(depth, sequence, exits)
+                results += self._settle(depth, sequence, exits, decision.is_kept[stop - 1])
         return results
 
-    def _settle(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> list[Generation]:
+    def _settle(
+        self, depth: int, sequence: Sequence, exits: list[TokenExit], is_kept: bool | None
+    ) -> list[Generation]:
         """Let the front token leave; the generation goes on, has its end judged, or is finished."""
         settled = sequence.leave(depth, exits)
         self.stats.count(settled)
+        if is_kept is not None and settled.rejected is None:
+            found = KeptTokens(1, int(is_kept))
+            sequence.kept += found
+            self.stats.kept += found
         self._rule.watch(sequence.seat, [exit.token_id for exit in settled.exits])
         if sequence.finish_reason is None:
             sequence.finish_reason = self._finish_reason(sequence)
@@ -303,20 +325,9 @@ class Engine:
         text = self._decode(sequence.token_ids[sequence.num_prompt :])
         if sequence.finish_reason == "stop":
             text = self._stops.cut(text)
-        generation = Generation(
-            row_id=sequence.prompt.row_id,
-            sample_index=sequence.prompt.sample_index,
-            prompt_tokens=sequence.num_prompt,
-            exits=sequence.exits,
-            text=text,
-            finish_reason=str(sequence.finish_reason),
-            seed=sequence.seed,
-            num_layers=self._model.num_layers,
-            tag=sequence.prompt.tag,
-        )
         self._residents.leave(sequence)
         self.stats.finished += 1
-        return generation
+        return finished(sequence, text, self._model.num_layers)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -326,19 +337,3 @@ def _cost(depth: int, sequence: Sequence) -> int:
     """About as many packed tokens as what a sequence brings into segment `depth` costs."""
     waiting = sequence.waiting(depth)
     return len(waiting.run) + waiting.num_projected // PROJECTED_PER_RUN
-
-
-def _timeout(sequence: Sequence) -> RowTimeoutError:
-    return RowTimeoutError(
-        f"not finished after {sequence.prompt.timeout_s:g} seconds in the engine "
-        f"(run.row_timeout_s); {sequence.num_generated} tokens had been generated"
-    )
-
-
-def _failure(sequence: Sequence, error: RowError) -> RowFailure:
-    return RowFailure(
-        row_id=sequence.prompt.row_id,
-        error_class=type(error).__name__,
-        message=str(error),
-        tag=sequence.prompt.tag,
-    )

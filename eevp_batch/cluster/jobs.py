@@ -168,6 +168,7 @@ class _Run:
         with self._ray() as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")
+                self.on_message(f"targets for Prometheus: {local.targets}")
             num_done = 0 if backlog.is_retry else len(done)
             coordinator = self._coordinate(interrupts, local, backlog, phases, num_done, before)
         return self._finish(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.job_config import JobConfig
 
 from eevp_batch.cluster import guard
@@ -45,10 +46,12 @@ class LocalRay:
     Attributes:
         dashboard_url: None where there is no dashboard.
         logs: folder of its processes' own logs; None where that is not this machine's.
+        targets: file that tells Prometheus where its metrics are; only with a dashboard.
     """
 
     dashboard_url: str | None = None
     logs: Path | None = None
+    targets: Path | None = None
 
     def tail(self, pid: int, num_lines: int = 10) -> str:
         """The last lines that a worker process wrote to its stderr; empty where unknown."""
@@ -105,8 +108,11 @@ def _start(
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(f"the local Ray did not start: {error}") from error
     url = context.dashboard_url if dashboard else None
-    logs = Path(folder) / "session_latest" / "logs"
-    return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
+    return LocalRay(
+        dashboard_url=f"http://{url}" if url else None,
+        logs=Path(folder) / "session_latest" / "logs",
+        targets=Path(folder) / PROMETHEUS_SERVICE_DISCOVERY_FILE if url else None,
+    )
 
 
 def current_logs() -> Path | None:

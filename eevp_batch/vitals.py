@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from eevp_batch.records import KeptTokens
+from eevp_batch.row_counts import KeptTokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ from eevp_batch.errors import (
     RowError,
     UsageError,
 )
-from eevp_batch.records import Generation, KeptTokens, Prompt, RowFailure, TokenExit
+from eevp_batch.records import Generation, Prompt, RowFailure, TokenExit
+from eevp_batch.row_counts import KeptTokens
 from eevp_batch.spec import ExitSpec, SamplingSpec
 from eevp_batch.vitals import EngineVitals
 

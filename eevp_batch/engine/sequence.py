@@ -10,7 +10,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from eevp_batch.records import KeptTokens, Prompt, TokenExit
+from eevp_batch.records import Prompt, TokenExit
+from eevp_batch.row_counts import KeptTokens
 from eevp_batch.spec import KvPolicy
 
 Kind = Literal["prompt", "generated"]

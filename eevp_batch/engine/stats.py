@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from eevp_batch.engine.sequence import Settled
-from eevp_batch.records import KeptTokens, TokenExit
+from eevp_batch.records import TokenExit
+from eevp_batch.row_counts import KeptTokens
 
 
 @dataclass(slots=True)

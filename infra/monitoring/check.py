@@ -38,7 +38,7 @@ DASHBOARD = HERE / "grafana" / "dashboards" / "eevp-batch.json"
 CONFIG, ALERTS = HERE / "prometheus.yml", HERE / "alerts.yml"
 SCRAPE_S = 2
 VARIABLES = {"$__rate_interval": "30s", "$job_name": ".*", "$run_id": ".*", "$replica": ".*"}
-DEMO = ["--set", "input.limit=64", "--set", "run.chunk_rows=4"]
+DEMO = ["--set", "input.limit=96", "--set", "run.chunk_rows=4", "--set", "engine.max_resident=8"]
 PATIENCE_S = 600.0
 
 
@@ -225,6 +225,8 @@ def ask_until_all_answer(url: str, queries: Sequence[Query], job: RunningJob) ->
                 ask(url, query)
         empty = [f"{query.where}: {query.expr}" for query in queries if not query.series]
         if not empty:
+            for query in queries:  # once more, for values of one moment
+                ask(url, query)
             return time.monotonic() - begun_s
         if has_ended:
             raise CheckError("the job has ended, and no data came for\n  " + "\n  ".join(empty))

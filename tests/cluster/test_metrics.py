@@ -23,7 +23,7 @@ from eevp_batch.cluster.metrics import JOB_TAGS, METRICS, REPLICA_TAGS
 from eevp_batch.cluster.progress import Progress
 from eevp_batch.errors import JobInterruptedError
 from eevp_batch.prepare import prepare
-from eevp_batch.records import KeptTokens
+from eevp_batch.row_counts import KeptTokens
 from eevp_batch.spec_file import dump_spec
 from eevp_batch.storage.plan import open_plan
 from eevp_batch.vitals import EngineVitals

@@ -128,7 +128,7 @@ def scraped_job(folder: Path, model: Path) -> Scraper:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # much of it is waiting for processes to start
 def test_every_metric_of_a_running_job_is_scraped(
     quick_ray: None, tiny_llama: Path, tmp_path: Path
 ) -> None:

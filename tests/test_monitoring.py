@@ -20,15 +20,16 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 ALERTS = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
 RULES = [rule for group in ALERTS for rule in group["rules"]]
 
-# Ray's own, as `ray/dashboard/modules/reporter/reporter_agent.py` defines them.
+# Ray's own, as `ray/dashboard/modules/reporter/reporter_agent.py` defines them, and Prometheus'.
 OF_RAY = {
     "ray_node_cpu_utilization",
     "ray_node_disk_utilization_percentage",
     "ray_node_mem_total",
     "ray_node_mem_used",
+    "up",
 }
 OURS = {name: metric for metric in METRICS for name in metric.exported}
-SELECTOR = re.compile(r"\b(ray_\w+)(?:\{([^}]*)\})?")
+SELECTOR = re.compile(r"\b(ray_\w+|up(?={))(?:\{([^}]*)\})?")
 GROUPED = re.compile(r"\b(?:by|on) \(([^)]*)\)")
 
 

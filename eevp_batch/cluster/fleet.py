@@ -145,23 +145,23 @@ class Fleet:
             max_restarts=0,
             max_task_retries=0,
         ).remote(slot.name, *self._arguments)
-        self._call(slot, "ready")
+        self._remember(_named(slot, "ready").remote(), slot, "ready")
 
     def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send a lease to the slot's replica."""
-        self._call(slot, "process", lease, task)
+        self._remember(_named(slot, "process").remote(lease, task), slot, "process", lease)
 
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask the slot's replica to learn exits."""
         slot.is_learning = True
-        self._call(slot, "learn", order)
+        self._remember(_named(slot, "learn").remote(order), slot, "learn")
 
     def poll(self) -> None:
         """Ask each replica that has answered the last poll for its progress, once it can."""
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
         for slot in self.slots:
             if slot.handle is not None and slot.index not in asked:
-                self._call(slot, "progress")
+                self._remember(_named(slot, "progress").remote(), slot, "progress")
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
         """Wait for calls to end; yields the outcome of each that has.
@@ -206,11 +206,13 @@ class Fleet:
                 reason += f"\nwhen last heard of, it: {slot.progress.doing}"
             return Outcome(slot, call, lease, lost=reason)
 
-    def _call(self, slot: Slot, call: Call, *arguments: Any) -> None:
-        """Begin a call, under a name for people, and remember it."""
-        method = getattr(slot.handle, call).options(name=CALLS[call])
-        lease = next((found for found in arguments if isinstance(found, Lease)), None)
-        self._calls[method.remote(*arguments)] = (slot, call, lease)
+    def _remember(self, ref: Any, slot: Slot, call: Call, lease: Lease | None = None) -> None:
+        self._calls[ref] = (slot, call, lease)
+
+
+def _named(slot: Slot, call: Call) -> Any:
+    """A method of the slot's replica, its calls under a name for people."""
+    return getattr(slot.handle, call).options(name=CALLS[call])
 
 
 def _reason(text: str, stderr_tail: Callable[[int], str]) -> str:

@@ -14,7 +14,6 @@ from eevp_batch.cli_output import REPAIR_HINT, sum_up
 from eevp_batch.errors import TooManyErrorsError, VerifyFailedError
 
 if TYPE_CHECKING:
-    from eevp_batch.cluster.progress import Progress
     from eevp_batch.prepare import PreparedJob
     from eevp_batch.storage.plan import Plan
 
@@ -139,23 +138,16 @@ def _run_cluster(
     repairs: bool,
     inside: Inside | None,
 ) -> None:
-    from eevp_batch.cluster.job_metadata import JobEntry
     from eevp_batch.cluster.jobs import run_job
     from eevp_batch.report.progress import make_display
 
-    entry = JobEntry()
     with make_display(sys.stderr, wants_bar) as display:
-
-        def tell(progress: Progress) -> None:
-            display.update(progress)
-            entry.update(progress)
-
         run_job(
             job.spec,
             job.model,
             opened,
             job.store,
-            on_progress=tell,
+            on_progress=display.update,
             on_message=display.message,
             retry=retry,
             repairs=repairs,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
+
+from eevp_batch.row_counts import KeptTokens, SlowRow, slowest
 
 RowId = str | int
 Phase = Literal["full", "exits"]
@@ -64,6 +66,8 @@ class Generation:
         finish_reason: `eos`, `stop` (a stop string) or `length`.
         seed: the 64-bit seed of this (job seed, row id, sample index), unsigned.
         audit: of an audited row.
+        kept: whether its deep tokens were among the ids kept.
+        seconds: from its first admission to memory until it was finished; None: nobody measured.
     """
 
     row_id: RowId
@@ -76,6 +80,8 @@ class Generation:
     num_layers: int
     tag: Any = None
     audit: Audit | None = None
+    kept: KeptTokens = field(default_factory=KeptTokens)
+    seconds: float | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -197,6 +203,8 @@ class ChunkStats:
         busy_s: seconds between the start of the chunk on its replica and its attempt file; chunks
             overlap on a replica, so this is not machine time.
         audit: of the audited rows.
+        kept: of the deep tokens.
+        slowest: the generations that took longest, slowest first.
     """
 
     rows_ok: int = 0
@@ -209,6 +217,8 @@ class ChunkStats:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     error_classes: Counter[str] = field(default_factory=Counter)
     audit: AuditCounts = field(default_factory=AuditCounts)
+    kept: KeptTokens = field(default_factory=KeptTokens)
+    slowest: tuple[SlowRow, ...] = ()
 
     def __add__(self, other: ChunkStats) -> ChunkStats:
         return ChunkStats(
@@ -222,6 +232,8 @@ class ChunkStats:
             finish_reasons=self.finish_reasons + other.finish_reasons,
             error_classes=self.error_classes + other.error_classes,
             audit=self.audit + other.audit,
+            kept=self.kept + other.kept,
+            slowest=slowest((*self.slowest, *other.slowest)),
         )
 
     def without_errors(self, error_classes: Counter[str]) -> ChunkStats:
@@ -263,15 +275,27 @@ class ChunkStats:
             finish_reasons=Counter(g.finish_reason for g in generations),
             error_classes=Counter(f.error_class for f in failures),
             audit=AuditCounts.of(generations),
+            kept=sum((g.kept for g in generations), start=KeptTokens()),
+            slowest=slowest(
+                SlowRow(round(g.seconds, 3), g.row_id, g.sample_index, g.generated_tokens)
+                for g in generations
+                if g.seconds is not None
+            ),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; counters become objects with sorted keys. No audit where none was."""
+        """Plain JSON types; counters become objects with sorted keys. Nothing of what is empty."""
         out: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         for name in ("exit_histogram", "finish_reasons", "error_classes"):
             out[name] = _sorted_counts(out[name])
-        audit = out.pop("audit")
-        return {**out, "audit": audit.to_json()} if audit.rows else out
+        audit, kept, slow = out.pop("audit"), out.pop("kept"), out.pop("slowest")
+        if audit.rows:
+            out["audit"] = audit.to_json()
+        if kept.tokens:
+            out["kept"] = {"tokens": kept.tokens, "kept": kept.kept}
+        if slow:
+            out["slowest"] = [asdict(row) for row in slow]
+        return out
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ChunkStats:
@@ -283,6 +307,8 @@ class ChunkStats:
             finish_reasons=Counter(data["finish_reasons"]),
             error_classes=Counter(data["error_classes"]),
             audit=AuditCounts.from_json(data.get("audit", {})),
+            kept=KeptTokens(**data.get("kept", {})),
+            slowest=tuple(SlowRow(**row) for row in data.get("slowest", ())),
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
 from eevp_batch.cluster.head_watch import watched_head, watched_ray
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
@@ -20,7 +21,7 @@ _CONNECT_S = 10.0
 
 
 @contextlib.contextmanager
-def attached_ray(address: str) -> Iterator[LocalRay]:
+def attached_ray(address: str, metadata: dict[str, str] | None = None) -> Iterator[LocalRay]:
     """Join a cluster for the block, or use what this process is connected to already.
 
     Its processes are nobody's to end here: only the replicas that the block starts end with it, or
@@ -28,6 +29,7 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
 
     Args:
         address: `auto`, or host and port of its head; a node of it runs on this machine.
+        metadata: what Ray is told of the job.
 
     Raises:
         ClusterError: it cannot be reached, it refused us, or it lets anybody in.
@@ -40,7 +42,12 @@ def attached_ray(address: str) -> Iterator[LocalRay]:
     refuse_old_ray()
     be_quiet()
     try:
-        joined = ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+        joined = ray.init(
+            address=found,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            job_config=JobConfig(metadata=metadata),
+        )
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise _unreachable(address, error) from error
     with watched_ray() as head:

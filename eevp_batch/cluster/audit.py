@@ -13,6 +13,7 @@ from hashlib import blake2b
 from eevp_batch.cluster.engine_loop import EngineCounters, RowEngine
 from eevp_batch.records import Audit, Generation, Prompt, RowFailure, RowId
 from eevp_batch.tune.text_distance import edit_loss, first_divergence
+from eevp_batch.vitals import EngineVitals, vitals_of
 
 AUDIT_BATCH = 32
 """Rows that the second engine holds, and those that it waits for before it begins."""
@@ -80,6 +81,11 @@ class AuditedEngine:
     @property
     def stats(self) -> EngineCounters:
         return self._engine.stats
+
+    @property
+    def vitals(self) -> EngineVitals:
+        """Of the engine that generates every row."""
+        return vitals_of(self._engine)
 
     def add(self, prompt: Prompt) -> None:
         """Make a prompt resident; an audited one is queued a second time."""

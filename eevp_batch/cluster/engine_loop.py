@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork, row_failure
+from eevp_batch.cluster.idle_clock import IdleClock
 from eevp_batch.cluster.watchdog import Pulse
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
+from eevp_batch.vitals import EngineVitals, vitals_of
 
 _SNAPSHOT_EVERY_S = 0.25
 
@@ -100,6 +102,8 @@ class LoopProgress:
         shortages: how often memory ran out in a step, since the engine was built.
         doing: what the thread does, and for how long; empty before it is known.
         is_leaving: whether the replica's process was told to end.
+        idle_s: seconds since the engine was built in which nothing ran on its devices.
+        vitals: what else the engine tells.
     """
 
     tokens: int = 0
@@ -110,6 +114,8 @@ class LoopProgress:
     shortages: int = 0
     doing: str = ""
     is_leaving: bool = False
+    idle_s: float = 0.0
+    vitals: EngineVitals = field(default_factory=EngineVitals)
 
 
 class EngineLoop:
@@ -137,6 +143,7 @@ class EngineLoop:
         self._finished_rows = 0
         self._progress = LoopProgress()
         self._snapshot_due_s = 0.0
+        self._idle: IdleClock | None = None  # before the engine is built
         self._thread = threading.Thread(target=self._run, name="eevp-engine", daemon=True)
         self._thread.start()
 
@@ -182,7 +189,8 @@ class EngineLoop:
 
     def progress(self) -> LoopProgress:
         """Counters, at most a quarter of a second old while the engine is busy."""
-        return replace(self._progress, doing=str(self.pulse))
+        idle_s = 0.0 if self._idle is None else self._idle.idle_s
+        return replace(self._progress, doing=str(self.pulse), idle_s=idle_s)
 
     def close(self) -> None:
         """End the thread once the current step is over, and wait for that."""
@@ -196,9 +204,10 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             engine, encoder = self._build()
+            self._idle = IdleClock()
             self.built.set_result((engine, encoder))
             while self._wait_for_work(engine):
-                self._turn(engine)
+                self._turn(engine, self._idle)
         except BaseException as error:
             self._fail(error)
 
@@ -212,18 +221,21 @@ class EngineLoop:
                 self._changed.wait()
             return not self._is_closed
 
-    def _turn(self, engine: RowEngine) -> None:
+    def _turn(self, engine: RowEngine, idle: IdleClock) -> None:
         """Admit what fits, run one step, hand out what finished; or do one task."""
         if self._tasks and engine.is_idle and not self._line:
             self.pulse.begin("learns exits")
-            self._tasks.popleft()()
+            with idle:
+                self._tasks.popleft()()
             return
         self.pulse.begin("runs a step", is_bounded=True)
         if self._called_off and self._drop(engine):
             return
         admitted = self._admit(engine)
         if not engine.is_idle:
-            for result in engine.step():
+            with idle:
+                results = engine.step()
+            for result in results:
                 self._settle(result.tag, result.row_id, result)
         elif not admitted:
             raise EngineStalledError(f"an idle engine admits none of {len(self._line)} prompts")
@@ -282,6 +294,7 @@ class EngineLoop:
             waiting_prompts=len(self._line),
             max_resident=engine.max_resident,
             shortages=engine.stats.shortages,
+            vitals=vitals_of(engine),
         )
 
     def _fail(self, error: BaseException) -> None:

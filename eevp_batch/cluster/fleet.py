@@ -27,6 +27,7 @@ from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.head_watch import HeadWatch
 from eevp_batch.cluster.learning import LearnOrder
 from eevp_batch.cluster.leases import Lease
+from eevp_batch.cluster.ray_names import CALLS, actor_name
 from eevp_batch.cluster.replica import Replica, ReplicaReady
 from eevp_batch.cluster.stragglers import Pace
 from eevp_batch.errors import EevpError, JobFailedError
@@ -192,7 +193,7 @@ class Fleet:
     def _settle_in(self, slot: Slot) -> None:
         """Start the replica of a slot whose place is there."""
         slot.handle = self._actor.options(
-            name=slot.name,
+            name=actor_name(self._namespace, slot.name),
             namespace=self._namespace,
             num_cpus=self.resources.num_cpus,
             num_gpus=self.resources.num_gpus,
@@ -202,11 +203,11 @@ class Fleet:
             max_restarts=0,
             max_task_retries=0,
         ).remote(slot.name, *self._arguments)
-        self._remember(slot.handle.ready.remote(), slot, "ready")
+        self._remember(_named(slot, "ready").remote(), slot, "ready")
 
     def process(self, slot: Slot, lease: Lease, task: ChunkTask) -> None:
         """Send a lease to the slot's replica."""
-        self._remember(slot.handle.process.remote(lease, task), slot, "process", lease)
+        self._remember(_named(slot, "process").remote(lease, task), slot, "process", lease)
 
     def call_off(self, slot: Slot, lease: Lease) -> None:
         """Let the slot's replica drop a lease; its `process` outcome comes all the same."""
@@ -215,7 +216,7 @@ class Fleet:
     def learn(self, slot: Slot, order: LearnOrder) -> None:
         """Ask the slot's replica to learn exits."""
         slot.is_learning = True
-        self._remember(slot.handle.learn.remote(order), slot, "learn")
+        self._remember(_named(slot, "learn").remote(order), slot, "learn")
 
     def poll(self) -> None:
         """Ask each replica that has answered the last poll for its progress, once it can.
@@ -228,7 +229,7 @@ class Fleet:
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
         for slot in self.slots:
             if slot.handle is not None and slot.index not in asked:
-                self._remember(slot.handle.progress.remote(), slot, "progress")
+                self._remember(_named(slot, "progress").remote(), slot, "progress")
 
     def _leave_nodes(self, going: Collection[str]) -> None:
         for slot in self.slots if going else ():
@@ -306,6 +307,11 @@ def _draining_nodes() -> Collection[str]:
         return set(client.get_draining_nodes(timeout=_HEAD_ANSWERS_S))
     except RayError:
         return ()
+
+
+def _named(slot: Slot, call: Call) -> Any:
+    """A method of the slot's replica, its calls under a name for people."""
+    return getattr(slot.handle, call).options(name=CALLS[call])
 
 
 def _reason(text: str, stderr_tail: Callable[[int], str]) -> str:

@@ -1,4 +1,4 @@
-"""What a job that is done leaves in memory."""
+"""What a run of a job comes to."""
 
 from __future__ import annotations
 

@@ -19,15 +19,17 @@ from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.coordinator import Coordinator
 from eevp_batch.cluster.engine_loop import Build
 from eevp_batch.cluster.events import EventLog
-from eevp_batch.cluster.fleet import Fleet, Resources
+from eevp_batch.cluster.fleet import Fleet
 from eevp_batch.cluster.interrupts import Interrupts
-from eevp_batch.cluster.job_metadata import submission_id
+from eevp_batch.cluster.job_page import JobPage, submission_id
 from eevp_batch.cluster.job_result import JobResult
 from eevp_batch.cluster.local_ray import LocalRay, local_ray
+from eevp_batch.cluster.metrics import JobMetrics
 from eevp_batch.cluster.node_paths import check_nodes, job_paths
 from eevp_batch.cluster.own_node import loader
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Progress, Recoveries
+from eevp_batch.cluster.ray_names import job_metadata
 from eevp_batch.cluster.resources import cpus_to_offer, fleet_size, offered, replica_resources
 from eevp_batch.errors import EevpError, JobFailedError, JobInterruptedError
 from eevp_batch.model_config import ModelConfig
@@ -136,6 +138,9 @@ class _Run:
         self.events = EventLog(store)
         self.started_s = time.monotonic()
         self.coordinator: Coordinator | None = None
+        self.metadata = job_metadata(plan.run_id, store.text)
+        self.page = JobPage(self.metadata)
+        self.metrics = JobMetrics(spec.name, plan.run_id)
 
     def run(self, interrupts: Interrupts) -> JobResult:
         """Do it, and leave the end of it in the event log whatever it is."""
@@ -179,6 +184,7 @@ class _Run:
         with self._ray() as local:
             if local.dashboard_url:
                 self.on_message(f"Ray dashboard: {local.dashboard_url}")
+                self.on_message(f"targets for Prometheus: {local.targets}")
             num_done = 0 if backlog.is_retry else len(done)
             coordinator = self._coordinate(interrupts, local, backlog, phases, num_done, before)
         return self._finish(
@@ -217,8 +223,8 @@ class _Run:
     def _ray(self) -> AbstractContextManager[LocalRay]:
         cluster = self.spec.cluster
         if cluster.address is not None:
-            return attached_ray(cluster.address)
-        return local_ray(cpus_to_offer(cluster), self.dashboard)
+            return attached_ray(cluster.address, self.metadata)
+        return local_ray(cpus_to_offer(cluster), self.dashboard, self.metadata)
 
     def _coordinate(
         self,
@@ -255,7 +261,7 @@ class _Run:
             backlog=backlog,
             num_done=num_done,
             totals=before,
-            on_progress=self.on_progress,
+            on_progress=self._tell_progress,
             on_message=self.on_message,
             phases=phases,
         )
@@ -268,6 +274,13 @@ class _Run:
         if not coordinator.is_finished:
             raise KeyboardInterrupt
         return coordinator
+
+    def _tell_progress(self, found: Progress) -> None:
+        """To Prometheus, to the Ray dashboard, and to whoever asked for it."""
+        if self.coordinator is not None:
+            self.metrics.publish(found, self.coordinator.totals, self.coordinator.recoveries)
+        self.page.tell(found)
+        self.on_progress(found)
 
     def _attempts(self) -> Iterator[Attempt]:
         return (record.attempt for record in self.committer.records())

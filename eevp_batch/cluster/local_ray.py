@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+from ray.job_config import JobConfig
 
 from eevp_batch.cluster import guard
 from eevp_batch.cluster.head_watch import HeadWatch, watched_head, watched_ray
@@ -46,11 +48,13 @@ class LocalRay:
         dashboard_url: None where there is no dashboard.
         logs: folder of its processes' own logs; None where that is not this machine's.
         head: tells when its head is gone.
+        targets: file that tells Prometheus where its metrics are; only with a dashboard.
     """
 
     dashboard_url: str | None = None
     logs: Path | None = None
     head: HeadWatch | None = None
+    targets: Path | None = None
 
     def tail(self, pid: int, num_lines: int = 10) -> str:
         """The last lines that a worker process wrote to its stderr; empty where unknown."""
@@ -61,12 +65,15 @@ class LocalRay:
 
 
 @contextlib.contextmanager
-def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
+def local_ray(
+    num_cpus: int, dashboard: bool, metadata: dict[str, str] | None = None
+) -> Iterator[LocalRay]:
     """Start a local Ray for the block, or use the one that this process is already connected to.
 
     Args:
         num_cpus: logical CPUs that replicas may ask for.
         dashboard: whether to serve the dashboard on 127.0.0.1, where its packages are installed.
+        metadata: what Ray is told of the job.
 
     Raises:
         ClusterError: Ray did not start, or is too old to be safe.
@@ -80,7 +87,7 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
     marker = uuid.uuid4().hex
     with _guarded(f"{_MARKER}={marker}", folder):
         try:
-            local = _start(num_cpus, dashboard, folder, marker)
+            local = _start(num_cpus, dashboard, folder, marker, metadata)
         except BaseException:  # an interrupt among them
             ray.shutdown()
             raise
@@ -88,7 +95,9 @@ def local_ray(num_cpus: int, dashboard: bool) -> Iterator[LocalRay]:
             yield replace(local, head=head)
 
 
-def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay:
+def _start(
+    num_cpus: int, dashboard: bool, folder: str, marker: str, metadata: dict[str, str] | None
+) -> LocalRay:
     be_quiet()
     with _environment({**_VARIABLES, _MARKER: marker}), _loopback_kept():
         try:
@@ -100,13 +109,17 @@ def _start(num_cpus: int, dashboard: bool, folder: str, marker: str) -> LocalRay
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=JobConfig(metadata=metadata),
                 _temp_dir=folder,
             )
         except Exception as error:  # it raises bare ones too, where the machine is slow
             raise ClusterError(f"the local Ray did not start: {first_line(error)}") from error
     url = context.dashboard_url if dashboard else None
-    logs = Path(folder) / "session_latest" / "logs"
-    return LocalRay(dashboard_url=f"http://{url}" if url else None, logs=logs)
+    return LocalRay(
+        dashboard_url=f"http://{url}" if url else None,
+        logs=Path(folder) / "session_latest" / "logs",
+        targets=Path(folder) / PROMETHEUS_SERVICE_DISCOVERY_FILE if url else None,
+    )
 
 
 def current_logs() -> Path | None:

@@ -10,6 +10,7 @@ from eevp_batch.cluster.chunk_work import row_failure
 from eevp_batch.cluster.engine_loop import RowEngine
 from eevp_batch.errors import RowError
 from eevp_batch.records import Generation, Phase, Prompt, RowFailure
+from eevp_batch.vitals import EngineVitals, vitals_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class PhasedEngine:
         self._phase = phase
         self._max_resident = self._engine.max_resident
         self._before = _Sum(Counter(), 0)
+        self._vitals_before = EngineVitals()
         self._waiting: list[Prompt] = []
 
     @property
@@ -60,6 +62,11 @@ class PhasedEngine:
             return before
         now = self._engine.stats
         return _Sum(before.exit_histogram + now.exit_histogram, before.shortages + now.shortages)
+
+    @property
+    def vitals(self) -> EngineVitals:
+        """Of the engine of the moment, with what those before it have done."""
+        return vitals_of(self._engine).after(self._vitals_before)
 
     @property
     def _is_empty(self) -> bool:
@@ -87,7 +94,7 @@ class PhasedEngine:
 
     def release(self) -> None:
         """Give the engine up, which has to be idle; it is made again when needed."""
-        self._before = self.stats
+        self._before, self._vitals_before = self.stats, self.vitals
         self._engine = None
 
     def _change(self) -> list[RowFailure]:

@@ -25,6 +25,7 @@ from eevp_batch.cluster.engine_loop import Build, EngineLoop, LoopProgress, RowE
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.machine import describe_machine
+from eevp_batch.cluster.metrics import ReplicaMetrics
 from eevp_batch.cluster.selection import Selection, select_rows, take_rows
 from eevp_batch.cluster.sigterm import on_sigterm
 from eevp_batch.cluster.watchdog import watch
@@ -92,6 +93,7 @@ class Replica:
         self._called_off: set[int] = set()
         self._is_leaving = False
         self._events: asyncio.AbstractEventLoop  # set by `ready`
+        self._metrics = ReplicaMetrics(spec.name, plan.run_id, name)
         watch(name, self._loop.pulse, spec.run.no_progress_timeout_s)
 
     async def ready(self) -> ReplicaReady:
@@ -170,8 +172,10 @@ class Replica:
             raise _told(error, f"{self._name}, learning exits") from error
 
     async def progress(self) -> LoopProgress:
-        """Counters of the engine, and what it is doing."""
-        return replace(self._loop.progress(), is_leaving=self._is_leaving)
+        """Counters of the engine, and what it is doing; they are published at the same time."""
+        found = replace(self._loop.progress(), is_leaving=self._is_leaving)
+        self._metrics.publish(found)
+        return found
 
     async def _process(self, lease: Lease, task: ChunkTask) -> Attempt:
         started_unix_s = time.time()
@@ -181,7 +185,7 @@ class Replica:
         if lease.epoch in self._called_off:
             raise asyncio.CancelledError
         result = await asyncio.wrap_future(self._loop.submit(loaded.work))
-        return await run(
+        attempt = await run(
             self._io,
             lambda: write_attempt(
                 self._store,
@@ -200,6 +204,8 @@ class Replica:
                 task.pieces if task.is_whole else (),
             ),
         )
+        self._metrics.chunk_is_written(attempt.stats.busy_s)
+        return attempt
 
     def _load(self, lease: Lease, task: ChunkTask, encoder: RowEncoder) -> _Loaded:
         """Read a chunk's rows and encode those that are to run."""

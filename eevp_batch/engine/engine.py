@@ -26,6 +26,7 @@ from eevp_batch.engine.stats import EngineStats
 from eevp_batch.errors import EngineStalledError, RowError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
 from eevp_batch.spec import ExitSpec, SamplingSpec
+from eevp_batch.vitals import EngineVitals
 
 PROJECTED_PER_RUN = 8
 """Tokens that are only projected for the cost of one that runs; each takes 3 to 17 % of a layer."""
@@ -129,6 +130,21 @@ class Engine:
     def has_room(self) -> bool:
         """Whether another prompt could become resident now; adding beyond it only queues."""
         return len(self._residents.arrivals) < self._residents.num_free_seats
+
+    @property
+    def vitals(self) -> EngineVitals:
+        """What it holds and has done, at this moment."""
+        return EngineVitals(
+            num_layers=self._model.num_layers,
+            num_kept_ids=self.stages[0].rule.num_kept,
+            steps=self.stats.steps.copy(),
+            rows=self.stats.rows.copy(),
+            kept=self.stats.kept,
+            waiting=self.queues.lengths,
+            arrivals=len(self._residents.arrivals),
+            pages=self.pool.num_pages,
+            pages_in_use=self.pool.num_pages_in_use,
+        )
 
     def add(self, prompt: Prompt) -> None:
         """Queue one prompt; it becomes resident when memory allows."""

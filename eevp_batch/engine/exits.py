@@ -68,12 +68,16 @@ class Decision:
         confidences: at this exit.
         leaves: whether it leaves.
         is_finite: False where the model's scores were not finite; nothing else counts then.
+        is_kept: whether the token was among the ids kept; None where it had to be, or where nothing
+            was cut. Of a sequence's tokens, only the last one's answer counts: a seat remembers no
+            other.
     """
 
     token_ids: list[int]
     confidences: list[float]
     leaves: list[bool]
     is_finite: list[bool]
+    is_kept: list[bool | None]
 
 
 def decayed(threshold: float, step: int, max_steps: int, decay: DecaySpec | None) -> float:
@@ -220,6 +224,11 @@ class ExitRule:
             device=self._device,
         )
 
+    @property
+    def num_kept(self) -> int | None:
+        """K, the ids kept where the vocabulary is cut; None where it is not."""
+        return None if self._prune_depth is None else self._k
+
     def watch(self, seat: int, token_ids: Sequence[int], *, start: bool = False) -> None:
         """Tell which ids stand in a seat's sequence; `start` forgets the seat's last sequence."""
         if not self._penalises or not token_ids:
@@ -238,7 +247,9 @@ class ExitRule:
         """
         count = len(tokens.seats)
         if depth in self._borders:
-            return Decision([0] * count, [0.0] * count, [False] * count, [True] * count)
+            return Decision(
+                [0] * count, [0.0] * count, [False] * count, [True] * count, [None] * count
+            )
         num_parts = 1 if self._device.type == "cuda" else -(-count // DECIDED_ROWS)
         step = -(-count // num_parts)
         parts = [slice(start, start + step) for start in range(0, count, step)]
@@ -252,6 +263,7 @@ class ExitRule:
                 for may_leave, leave in zip(tokens.may_leave, host[2], strict=True)
             ],
             is_finite=[bool(good) for good in host[3]],
+            is_kept=[bool(kept) for kept in host[4]] if len(host) > 4 else [None] * count,
         )
 
     def hand_on(self, other: ExitRule, seats: Sequence[int]) -> None:
@@ -269,7 +281,11 @@ class ExitRule:
         self._sampler.keep_with(last._sampler)
 
     def _decide(self, depth: int, states: SegmentOutput, tokens: ScoredTokens) -> torch.Tensor:
-        """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64."""
+        """Token ids, confidences, who leaves and whose scores are finite, [4, S] float64.
+
+        Where the vocabulary was cut and the whole of it is chosen from again, also whose id had
+        been kept, [5, S].
+        """
         seats = to_device(tokens.seats, torch.int64, self._device)
         normed = self._head.normed_at(self._exit_layers[depth], states.hidden)
         scores, ids, outside = self._scores(depth, normed, seats)
@@ -292,7 +308,10 @@ class ExitRule:
                 best = exact_best(normed, self._head.head_weight, scores, ids, found)
             token_ids = best if ids is None else ids.gather(1, best[:, None])[:, 0]
         leaves = trust > self._bars(depth, tokens.steps)
-        return torch.stack([column.double() for column in (token_ids, trust, leaves, finite)])
+        columns = [token_ids, trust, leaves, finite]
+        if ids is None and self._prune_depth is not None and depth > self._prune_depth:
+            columns.append((self._kept_ids[seats] == token_ids[:, None]).any(dim=1))
+        return torch.stack([column.double() for column in columns])
 
     def _scores(
         self, depth: int, normed: torch.Tensor, seats: torch.Tensor

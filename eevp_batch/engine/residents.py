@@ -221,9 +221,12 @@ class Residents:
         self.pool.admit(sequence, expected, shared, num_shared)
         self._stats.shared_tokens += num_shared
         self._by_seat[sequence.seat] = sequence
-        timeout_s = sequence.prompt.timeout_s
-        if timeout_s is not None and sequence.deadline_s == math.inf:
-            sequence.deadline_s = time.monotonic() + timeout_s
+        if sequence.admitted_s is None:
+            sequence.admitted_s = time.monotonic()
+            timeout_s = sequence.prompt.timeout_s
+            sequence.deadline_s = sequence.admitted_s + (
+                math.inf if timeout_s is None else timeout_s
+            )
         self._watch(sequence.seat, sequence.token_ids, start=True)
         self._queues.push(0, sequence)
         return True

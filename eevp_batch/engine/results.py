@@ -11,12 +11,14 @@ from typing import Protocol
 
 from eevp_batch.engine.depth_queues import DepthQueues
 from eevp_batch.engine.exits import Decision
+from eevp_batch.engine.outcomes import failed, finished, timed_out
 from eevp_batch.engine.residents import Residents
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.engine.stats import EngineStats
 from eevp_batch.engine.stops import StopStrings
-from eevp_batch.errors import NonFiniteScoresError, RowError, RowTimeoutError
+from eevp_batch.errors import NonFiniteScoresError, RowError
 from eevp_batch.records import Generation, RowFailure, TokenExit
+from eevp_batch.row_counts import KeptTokens
 
 
 class Detokenizer(Protocol):
@@ -78,14 +80,7 @@ class Results:
 
     def fail(self, sequence: Sequence, error: RowError) -> None:
         """A row that cannot be done."""
-        self._found.append(
-            RowFailure(
-                row_id=sequence.prompt.row_id,
-                error_class=type(error).__name__,
-                message=str(error),
-                tag=sequence.prompt.tag,
-            )
-        )
+        self._found.append(failed(sequence, error))
 
     def record(
         self, depth: int, sequences: list[Sequence], scored: list[range], decision: Decision
@@ -104,7 +99,7 @@ class Results:
                 self._residents.taint(sequence)
                 self._residents.leave(sequence)
             elif now_s > sequence.deadline_s:
-                self.fail(sequence, _timeout(sequence))
+                self.fail(sequence, timed_out(sequence))
                 self._residents.leave(sequence)
             elif not decision.leaves[stop - 1]:
                 sequence.mark_filled(depth)
@@ -114,12 +109,18 @@ class Results:
                     TokenExit(decision.token_ids[row], exit_layer, decision.confidences[row])
                     for row in range(start, stop)
                 ]
-                self._settle(depth, sequence, exits)
+                self._settle(depth, sequence, exits, decision.is_kept[stop - 1])
 
-    def _settle(self, depth: int, sequence: Sequence, exits: list[TokenExit]) -> None:
+    def _settle(
+        self, depth: int, sequence: Sequence, exits: list[TokenExit], is_kept: bool | None
+    ) -> None:
         """Let the front token leave; the generation goes on, has its end judged, or is finished."""
         settled = sequence.leave(depth, exits)
         self._stats.count(settled)
+        if is_kept is not None and settled.rejected is None:
+            found = KeptTokens(1, int(is_kept))
+            sequence.kept += found
+            self._stats.kept += found
         self._watch(sequence.seat, [exit.token_id for exit in settled.exits])
         if sequence.finish_reason is None:
             sequence.finish_reason = self._finish_reason(sequence)
@@ -141,27 +142,9 @@ class Results:
         text = self._decode(sequence.token_ids[sequence.num_prompt :])
         if sequence.finish_reason == "stop":
             text = self._stops.cut(text)
-        generation = Generation(
-            row_id=sequence.prompt.row_id,
-            sample_index=sequence.prompt.sample_index,
-            prompt_tokens=sequence.num_prompt,
-            exits=sequence.exits,
-            text=text,
-            finish_reason=str(sequence.finish_reason),
-            seed=sequence.seed,
-            num_layers=self._exit_layers[-1],
-            tag=sequence.prompt.tag,
-        )
         self._residents.leave(sequence)
         self._stats.finished += 1
-        self._found.append(generation)
+        self._found.append(finished(sequence, text, self._exit_layers[-1]))
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-def _timeout(sequence: Sequence) -> RowTimeoutError:
-    return RowTimeoutError(
-        f"not finished after {sequence.prompt.timeout_s:g} seconds in the engine "
-        f"(run.row_timeout_s); {sequence.num_generated} tokens had been generated"
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from eevp_batch.records import Prompt, TokenExit
+from eevp_batch.row_counts import KeptTokens
 from eevp_batch.spec import KvPolicy
 
 Kind = Literal["prompt", "generated"]
@@ -126,7 +127,9 @@ class Sequence:
         self.pages: list[int] = []
         self.promised = 0  # pages that it counts on and does not have yet
         self.seat = -1
+        self.admitted_s: float | None = None  # monotonic, the first time
         self.deadline_s = math.inf  # monotonic
+        self.kept = KeptTokens()
         self.finish_reason: str | None = None
         self.shortages_alone = 0  # how often memory ran out while it ran alone
 
@@ -243,6 +246,7 @@ class Sequence:
         """Forget everything but the prompt; what follows comes out the same."""
         del self.token_ids[self.num_prompt :]
         self.exits.clear()
+        self.kept = KeptTokens()
         self.finish_reason = None  # of an end that was still a draft
         self.share(0)
 

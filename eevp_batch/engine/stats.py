@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from eevp_batch.engine.sequence import Settled
 from eevp_batch.records import TokenExit
+from eevp_batch.row_counts import KeptTokens
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class EngineStats:
         accepted_drafts, rejected_drafts: under `verify`, judgements of the last layer on drafts, by
             the layer that these left after: how often each exit agrees with full depth. A draft
             behind a rejected one is not judged.
+        kept: of the deep tokens; those of a sequence that starts again count once more.
     """
 
     steps: Counter[int] = field(default_factory=Counter)
@@ -35,6 +37,7 @@ class EngineStats:
     exit_histogram: Counter[int] = field(default_factory=Counter)
     accepted_drafts: Counter[int] = field(default_factory=Counter)
     rejected_drafts: Counter[int] = field(default_factory=Counter)
+    kept: KeptTokens = field(default_factory=KeptTokens)
 
     def count(self, settled: Settled) -> None:
         """Add the tokens that stand since a sequence left a segment."""

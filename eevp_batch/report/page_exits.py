@@ -42,8 +42,8 @@ def exits(figures: JobFigures, colours: list[ExitColour]) -> dict[str, Any]:
             for column, groups in sample.by_column.items()
         ],
         "column_note": _column_note(figures),
-        "recall_note": "Recall of the pruned vocabulary is not measured by a job; "
-        "eevp-batch potential measures it, layer by layer.",
+        "recall_facts": _recall(figures),
+        "no_recall": _no_recall(figures),
     }
 
 
@@ -129,6 +129,31 @@ def _no_classes(figures: JobFigures) -> str:
         "Not known: the model's tokenizer.json is not at hand any more, or the model's folder is "
         "not what it was."
     )
+
+
+def _recall(figures: JobFigures) -> list[tuple[str, str]]:
+    """K recall, where tokens of the last layer were chosen from the whole vocabulary."""
+    kept, fields = figures.summary.totals.kept, figures.plan.fields
+    if kept.recall is None:
+        return []
+    return [
+        ("K", number(fields["exit.vocab.top_k"])),
+        ("Cut after layer", str(fields["exit.vocab.prune_layer"])),
+        ("Tokens of the last layer", number(kept.tokens)),
+        ("Among the ids kept", f"{percent(kept.recall)} (recall)"),
+    ]
+
+
+def _no_recall(figures: JobFigures) -> str:
+    fields = figures.plan.fields
+    if fields["exit.mode"] == "off" or fields["exit.vocab.top_k"] is None:
+        return "There is nothing to recall: the job does not cut the vocabulary."
+    if fields["exit.vocab.final_head"] != "full":
+        return (
+            "Not known: with exit.vocab.final_head: pruned no token is chosen from the whole "
+            "vocabulary; eevp-batch potential measures recall, layer by layer."
+        )
+    return "Not known: no token went through the last layer so far, or it was not recorded."
 
 
 def _column_note(figures: JobFigures) -> str:

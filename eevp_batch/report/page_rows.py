@@ -1,7 +1,8 @@
-"""The report's parts on single rows: errors, the longest ones, and samples to read."""
+"""The report's parts on single rows: errors, the slowest and longest ones, samples to read."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from eevp_batch.report.figures import JobFigures
 from eevp_batch.report.row_sample import SEED
 from eevp_batch.report.text import number
+from eevp_batch.row_counts import SlowRow
 
 MAX_SHOWN_TOKENS = 1024
 MAX_SHOWN_CHARACTERS = 8_000
@@ -23,6 +25,8 @@ def rows(figures: JobFigures) -> dict[str, Any]:
         "errors": _errors(figures),
         "longest_head": ["row", "ended by", "generated tokens", "prompt tokens", "mean exit layer"],
         "longest": [_longest(row) for row in figures.sample.longest],
+        "slow_head": ["row", "seconds", "generated tokens", "tokens/s"],
+        "slow_rows": [_slow(row) for row in figures.summary.totals.slowest],
         "samples": samples,
         "samples_have_tokens": has_tokens,
         "samples_lead": f"{number(len(samples))} generations, drawn at random (seed {SEED}) from "
@@ -58,6 +62,11 @@ def _longest(row: dict[str, Any]) -> list[str]:
         number(row["prompt_tokens"]),
         "-" if mean is None else f"{mean:.1f}",
     ]
+
+
+def _slow(row: SlowRow) -> list[str]:
+    rate = f"{row.generated_tokens / row.seconds:,.1f}" if row.seconds > 0 else "-"
+    return [_name(asdict(row)), f"{row.seconds:,.2f}", number(row.generated_tokens), rate]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -102,6 +102,7 @@ class JobSummary:
             "num_layers": self.num_layers,
             "mean_exit_layer": self.totals.mean_exit_layer,
             "layers_skipped_fraction": self.layers_skipped_fraction,
+            "kept_recall": self.totals.kept.recall,
             "samples": [
                 {name: getattr(sample, name) for name in sample.__slots__}
                 for sample in self.samples

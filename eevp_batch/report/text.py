@@ -9,11 +9,13 @@ from typing import Any
 
 from eevp_batch.report.forecast import Forecast
 from eevp_batch.report.summary import JobSummary, Sample
+from eevp_batch.row_counts import SlowRow
 from eevp_batch.storage.status import Status
 from eevp_batch.tune.audited import AuditFigures, audit_figures
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SAMPLE_LINES = 4
+_SLOW_LINES = 5
 _LABEL_WIDTH = 16
 
 
@@ -35,6 +37,7 @@ def render_summary(summary: JobSummary, width: int) -> str:
         "mean exit layer": totals.mean_exit_layer
         and f"{totals.mean_exit_layer:.2f} of {summary.num_layers}",
         "layers skipped": None if skipped is None else percent(skipped),
+        "K recall": totals.kept.tokens and recall(summary),
         "ended by": _counts(totals.finish_reasons),
         "errors": _counts(totals.error_classes),
         "learning": summary.learning,
@@ -45,6 +48,8 @@ def render_summary(summary: JobSummary, width: int) -> str:
     if totals.exit_histogram:
         layers = {f"layer {e}": totals.exit_histogram[e] for e in summary.exit_layers}
         blocks.append("tokens by exit layer\n" + histogram(layers, width))
+    if totals.slowest:
+        blocks.append("slowest rows\n" + _slowest(totals.slowest))
     if summary.samples:
         lines = [_sample(sample, width) for sample in summary.samples]
         blocks.append("sample generations\n" + "\n".join(lines))
@@ -215,6 +220,24 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _rows(rows_in: int, ok: int, error: int) -> str:
     text = f"{number(rows_in)} in, {number(ok)} ok, {number(error)} in error"
     return text + (f" ({percent(error / (ok + error))})" if error else "")
+
+
+def recall(summary: JobSummary) -> str:
+    """What is known of the pruned vocabulary, in a sentence without its end."""
+    kept = summary.totals.kept
+    return (
+        f"{percent(kept.recall or 0.0)} of {number(kept.tokens)} tokens of layer "
+        f"{summary.num_layers} were among the ids kept"
+    )
+
+
+def _slowest(rows: Sequence[SlowRow]) -> str:
+    lines = []
+    for row in rows[:_SLOW_LINES]:
+        index = f", sample {row.sample_index}" if row.sample_index else ""
+        took = f"{number(row.generated_tokens)} tokens in {duration(row.seconds)}"
+        lines.append(f"  {printable(str(row.row_id))}{index}: {took}")
+    return "\n".join(lines)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

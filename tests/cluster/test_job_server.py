@@ -211,7 +211,7 @@ def test_a_run_is_found_by_its_id_on_the_cluster_and_in_storage_when_that_has_go
     runs = {run["name"]: run for run in json.loads(nodes.cli("list", "--json")[1])["runs"]}
     first, second = runs["first"], runs["second"]
     assert (first["state"], second["state"]) == ("done", "done")
-    assert first["progress"].startswith("400 of 400 rows (100.0%)")
+    assert first["progress"].startswith("400 of 400 rows (100 %)")
     assert (first["output"], first["cluster"]) == (str(folder / "nfs" / "first"), nodes.url)
     assert "actor_name:Replica" in nodes.cli("logs", "--replica", 0, first["run_id"])[1]
     code, _, said = nodes.cli("logs", "--replica", 9, first["run_id"])

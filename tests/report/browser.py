@@ -66,6 +66,10 @@ class Browser:
 
     def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Show a file in a window of that size, with that theme of the system."""
+        self.visit(path.as_uri(), width, height, dark)
+
+    def visit(self, url: str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Show a page in a window of that size, with that theme of the system."""
         self.page(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -75,8 +79,9 @@ class Browser:
         )
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.page("Emulation.setEmulatedMedia", features=[theme])
-        self.page("Page.navigate", url=path.as_uri())
-        self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.page("Page.navigate", url=url)
+        scheme = json.dumps(url.partition(":")[0] + ":")
+        self.wait_for(f"document.readyState === 'complete' && location.protocol === {scheme}")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a script's expression."""

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.model_config import ModelConfig, read_model_config
 from eevp_batch.records import Audit, Generation, RowFailure, TokenExit
+from eevp_batch.row_counts import KeptTokens
 from eevp_batch.spec import JobSpec, ModelSpec
 from eevp_batch.storage.chunks import read_chunk, table_ids
 from eevp_batch.storage.commit import Committer, write_attempt
@@ -54,7 +55,20 @@ def generation(
     audit = None
     if is_audited:
         audit = Audit(ids, None if row % 4 else 5, 0.0 if row % 4 else 0.5)
-    return Generation(row_id, 0, 3, exits, TEXT, "eos", 7, model.num_layers, audit=audit)
+    deep = sum(exit.exit_layer == model.num_layers for exit in exits)
+    return Generation(
+        row_id,
+        0,
+        3,
+        exits,
+        TEXT,
+        "eos",
+        7,
+        model.num_layers,
+        audit=audit,
+        kept=KeptTokens(deep, deep - 1),
+        seconds=1.0 + row / 10,
+    )
 
 
 def audited_spec(source: Path, **sections: Any) -> JobSpec:

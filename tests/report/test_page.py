@@ -98,7 +98,8 @@ def test_samples_carry_tokens_layers_and_confidences(page: Page, evil_store: Sto
 def test_everything_that_is_known_is_shown(page: Page) -> None:
     for text in ("Speed over time", "By position", "By token class", "word start", "By column task",
                  "Tokens that differ", "Confidence against agreement", "FLOPs, estimated",
-                 "EmptyPromptError", "replica-1", "Deaths", "Longest generations"):  # fmt: skip
+                 "EmptyPromptError", "replica-1", "Deaths", "Longest generations",
+                 "Recall of the ids kept", "Slowest rows", "Tokens of the last layer"):  # fmt: skip
         assert text in page.text, text
     assert "Not known" not in page.text and "Not recorded" not in page.text
     assert "From every finished generation: 20 generations" in page.text
@@ -124,7 +125,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         "the model's config.json is not at hand",
         "keeps no column of its input",
         "_eevp/job.resolved.yaml is not there",
-        "holds no time of each row",
+        "a version of eevp-batch that kept no times",
+        "no token went through the last layer so far",
         "did not write what its replicas ran on",
     ):
         assert text in found.text, text

@@ -224,6 +224,7 @@ class Coordinator:
     def _take_ready(self, slot: Slot, ready: Any) -> None:
         slot.ready = ready
         slot.max_leases = rules.max_leases(ready.max_resident, self._plan)
+        slot.pace.heard(0, is_busy=False, now_s=time.monotonic())
         self._meter.replica_is_ready(time.monotonic())
         self._diary.write("replica_ready", **news.ready_fields(slot, ready))
 

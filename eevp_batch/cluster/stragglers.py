@@ -30,7 +30,7 @@ class Pace:
 
     Attributes:
         rows: finished while it was watched.
-        busy_s: seconds in which it held chunks.
+        busy_s: seconds between hearings in which it held chunks or finished rows.
         moved_s: when a row was last finished, or it last held nothing; monotonic time.
     """
 
@@ -48,9 +48,9 @@ class Pace:
             is_busy: whether it holds chunks.
             now_s: monotonic time.
         """
-        if self._heard_s is not None and is_busy:
-            self.busy_s += now_s - self._heard_s
         finished = finished_rows - self._finished_rows
+        if self._heard_s is not None and (is_busy or finished > 0):
+            self.busy_s += now_s - self._heard_s
         if finished > 0 or not is_busy or self.moved_s is None:
             self.moved_s = now_s
         self.rows += max(0, finished)

@@ -49,7 +49,7 @@ def test_a_job_grows_and_shrinks_with_its_cluster(cluster: Cluster, tmp_path: Pa
     """One node, then two; the first is drained, the second gets SIGTERM, the third is killed."""
     nodes = [cluster.add_node(num_cpus=1)]
     limits = {"address": cluster.address, "replicas": {"min": 1, "max": 2}}
-    job = make_job(tmp_path, prompts=400, cluster=limits)
+    job = make_job(tmp_path, prompts=900, cluster=limits)
     story = Story(job)
 
     def add_node() -> None:
@@ -71,7 +71,7 @@ def test_a_job_grows_and_shrinks_with_its_cluster(cluster: Cluster, tmp_path: Pa
     left = [event["reason"] for event in job.events("replica_left")]
     assert left[0] == "its process was told to end" and "received SIGTERM" in left[1]
     assert (result.recoveries.replicas_left, result.recoveries.replica_deaths) == (2, 1)
-    check_whole(job, 400)
+    check_whole(job, 900)
 
 
 @pytest.mark.timeout(300)
@@ -87,4 +87,4 @@ def test_a_job_begins_with_fewer_and_fails_below_its_least(
     job.spec = job.spec.model_copy(update={"cluster": limits})
     result = job.run(Script())
     assert result.totals.rows_ok == 400, "the same job goes on, on one replica of three"
-    assert {event["replica"] for event in job.events("replica_ready")} == {"eevp-replica-0"}
+    assert len(job.events("replica_ready")) == 2, "one in each run"

@@ -47,7 +47,8 @@ def test_a_replica_that_is_told_to_end_while_it_starts_is_replaced(
         (found,) = pids.iterdir()
         os.kill(int(found.name.split("-")[0]), signal.SIGTERM)
 
-    story.once(lambda: any(pids.iterdir()), end_replica)
+    story.once(lambda: any(pids.iterdir()), lambda: None)
+    story.once(lambda: True, end_replica)  # a second later, when it hears signals
     result = job.run(Script(build_s=5.0, counting=str(pids)))
     assert (result.recoveries.replicas_left, result.recoveries.replica_deaths) == (1, 0)
     assert len(list(pids.iterdir())) == 2

@@ -47,6 +47,8 @@ def test_a_pace_is_rows_by_busy_seconds() -> None:
     assert found.rows == 30 and found.quiet_s(18.0) == 5.0
     found.heard(10, False, 30.0)
     assert found.quiet_s(31.0) == 1.0, "who holds nothing is not quiet"
+    found.heard(16, False, 32.0)
+    assert (found.rows, found.busy_s) == (36, 10.0), "it was busy, and is not any more"
 
 
 def test_the_usual_speed_is_that_of_those_who_have_one() -> None:

@@ -104,6 +104,7 @@ def make_job(
     run: Mapping[str, Any] | None = None,
     n: int = 1,
     keep: Sequence[str] = (),
+    address: str | None = None,
 ) -> Job:
     """A job over rows 0, 1, 2, ... with these prompts, planned and ready to run."""
     if isinstance(prompts, int):
@@ -118,7 +119,7 @@ def make_job(
             "input": {"path": str(source), "keep_columns": list(keep)},
             "model": {"path": "scripted"},
             "sampling": {"n": n},
-            "cluster": {"replicas": replicas, "cpus_per_replica": 1.0},
+            "cluster": {"replicas": replicas, "cpus_per_replica": 1.0, "address": address},
             "run": {"chunk_rows": chunk_rows, **(run or {})},
             "output": {"path": str(folder / out)},
         }

@@ -128,7 +128,7 @@ class ResumeRefusedError(EevpError):
 
 
 class ClusterError(EevpError):
-    """The Ray cluster cannot be reached or refused us."""
+    """The Ray cluster cannot be reached any more, or refused us."""
 
     exit_code = 5
 

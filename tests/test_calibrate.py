@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from eevp_batch.cli import main
 from eevp_batch.engine.load import load_engine
 from eevp_batch.errors import CalibrationError, InputError, SpecError, UsageError
 from eevp_batch.prepare import PreparedJob, check_prompts, prepare
-from eevp_batch.records import Generation, Prompt, RowFailure
+from eevp_batch.records import Generation, Prompt, RowFailure, RowId
 from eevp_batch.spec_file import dump_spec, load_spec_text
 from eevp_batch.storage.chunks import iter_rows, read_chunk
 from eevp_batch.storage.commit import Committer, write_attempt
 from eevp_batch.storage.plan import open_plan
 from eevp_batch.tune.job_rows import drawn_prompts, output_rows
 from eevp_batch.tune.states import prompt_key
+from tests.storage.retrying import retry
 from tests.tiny_models import NUM_LAYERS
 from tests.tune.rows import without_layers
 
@@ -222,6 +224,19 @@ def finish(job: PreparedJob) -> None:
     committer.finish({"replicas": 1})
 
 
+def try_again(job: PreparedJob) -> None:
+    """Do the rows in error again; now they come out."""
+    engine, encoder = load_engine(job.spec, job.model)
+    (file,) = job.plan.files
+    rows = {row["id"]: row for row in iter_rows(pq.read_table(file.path))}
+
+    def redo(ids: Sequence[RowId]) -> list[Generation]:
+        found = engine.generate([Prompt(row_id, encoder.encode(rows[row_id])) for row_id in ids])
+        return [result for result in found if isinstance(result, Generation)]
+
+    retry(job.store, job.spec, redo)
+
+
 def test_a_finished_output_serves_as_well(agreeing_model: Path, tmp_path: Path) -> None:
     path, out = write_job(tmp_path, agreeing_model), tmp_path / "out"
     off = prepare(str(path), ["exit.mode=off"])
@@ -236,9 +251,11 @@ def test_a_finished_output_serves_as_well(agreeing_model: Path, tmp_path: Path) 
     for result in engine.generate(prompts):
         assert isinstance(result, Generation)
         assert result.token_ids == rows[int(result.row_id)].generated_ids, "prompt and output match"
+    try_again(off)
+    assert len(output_rows(str(out), job.plan.fields, encoder, 1000, seed=0)) == NUM_ROWS
     key = prompt_key(rows[0].prompt_ids)
     fewer = output_rows(str(out), job.plan.fields, encoder, 1000, seed=0, without=[key])
-    assert len(fewer) == len(rows) - 1
+    assert len(fewer) == NUM_ROWS - 1
     options = ("--out", tmp_path / "c.json", *LOOSE, "--from", out)
     done = invoke("calibrate", path, *options)
     assert done.exit_code == 0, done.stderr

@@ -22,7 +22,7 @@ from eevp_batch.report.summary import JobSummary, read_prompts, summarise
 from eevp_batch.report.timeline import Timeline, read_timeline
 from eevp_batch.report.vocabulary import Vocabulary, find_model
 from eevp_batch.storage import layout
-from eevp_batch.storage.commit import Committer
+from eevp_batch.storage.commit import Attempt, Committer
 from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
@@ -124,23 +124,27 @@ def gather(store: Store) -> JobFigures:
 
 def _chunk_times(store: Store, plan: Plan) -> ChunkTimes:
     found = ChunkTimes()
-    for record in Committer(store, plan).records():
-        attempt = record.attempt
-        tokens = found.tokens.setdefault(attempt.phase, Counter())
-        tokens.update(attempt.stats.exit_histogram)
-        taken_s = max(0.0, attempt.finished_unix_s - attempt.started_unix_s)
-        rows, made = attempt.stats.rows, attempt.stats.generated_tokens
-        entry = (taken_s, attempt.chunk_id, rows, made, attempt.replica)
-        if len(found.slowest) < NUM_SLOWEST:
-            heapq.heappush(found.slowest, entry)
-        else:
-            heapq.heappushpop(found.slowest, entry)
-        if attempt.data_path is not None:
-            found.parts.append(attempt.data_path)
-        if attempt.errors_path is not None:
-            found.error_parts.append(attempt.errors_path)
+    for chunk in Committer(store, plan).chunks():
+        for attempt in chunk.attempts:
+            _count_attempt(found, attempt)
+        if chunk.last.errors_path is not None:
+            found.error_parts.append(chunk.last.errors_path)
     found.slowest.sort(reverse=True)
     return found
+
+
+def _count_attempt(found: ChunkTimes, attempt: Attempt) -> None:
+    tokens = found.tokens.setdefault(attempt.phase, Counter())
+    tokens.update(attempt.stats.exit_histogram)
+    taken_s = max(0.0, attempt.finished_unix_s - attempt.started_unix_s)
+    rows, made = attempt.stats.rows, attempt.stats.generated_tokens
+    entry = (taken_s, attempt.chunk_id, rows, made, attempt.replica)
+    if len(found.slowest) < NUM_SLOWEST:
+        heapq.heappush(found.slowest, entry)
+    else:
+        heapq.heappushpop(found.slowest, entry)
+    if attempt.data_path is not None:
+        found.parts.append(attempt.data_path)
 
 
 def _error_rows(store: Store, parts: list[str]) -> dict[str, list[dict[str, Any]]]:

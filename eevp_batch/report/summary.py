@@ -13,7 +13,7 @@ from eevp_batch.errors import JobFailedError
 from eevp_batch.records import ChunkStats, RowId
 from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk
-from eevp_batch.storage.commit import committed_chunks
+from eevp_batch.storage.commit_record import committed_chunks, patch_counts
 from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.status import State, Status, read_status
 from eevp_batch.storage.store import Store
@@ -156,20 +156,20 @@ def read_samples(store: Store, plan: Plan, count: int) -> list[Sample]:
     Raises:
         JobFailedError: a part cannot be read.
     """
-    done = committed_chunks(store)
-    parts = {layout.part_chunk_id(name) for name in store.names(layout.DATA_DIR)}
-    chunk_ids = sorted(done & {chunk_id for chunk_id in parts if chunk_id is not None})
+    done, patches = committed_chunks(store), patch_counts(store)
+    keys = filter(None, map(layout.part_key, store.names(layout.DATA_DIR)))
+    parts = sorted((c, patch) for c, patch in keys if c in done and patch <= patches[c])
     samples: dict[tuple[RowId, int], Sample] = {}
-    for turn in range(count if chunk_ids else 0):
-        chunk_id = chunk_ids[turn * len(chunk_ids) // count]
-        sample = _read_sample(store, plan, chunk_id, turn / count)
+    for turn in range(count if parts else 0):
+        chunk_id, patch = parts[turn * len(parts) // count]
+        sample = _read_sample(store, plan, chunk_id, patch, turn / count)
         samples.setdefault((sample.row_id, sample.sample_index), sample)
     return list(samples.values())
 
 
-def _read_sample(store: Store, plan: Plan, chunk_id: int, place: float) -> Sample:
+def _read_sample(store: Store, plan: Plan, chunk_id: int, patch: int, place: float) -> Sample:
     """The generation at `place` (0..1) of a part."""
-    rel = layout.data_part(chunk_id)
+    rel = layout.data_part(chunk_id, patch)
     try:
         with store.open_input(rel) as source:
             table = pq.read_table(source, columns=_SAMPLE_COLUMNS)

@@ -19,6 +19,7 @@ from eevp_batch.records import RowId
 from eevp_batch.spec import InputSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids
+from eevp_batch.storage.commit_record import patch_counts
 from eevp_batch.storage.inputs import InputParquet, list_inputs
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
 from eevp_batch.storage.store import Store
@@ -124,11 +125,11 @@ def output_rows(
     rng, known = random.Random(seed), set(without)
     picks = sorted(rng.sample(range(plan.num_rows), min(num_rows + len(known), plan.num_rows)))
     ends = list(itertools.accumulate(chunk.num_rows for chunk in plan.chunks))
-    found, start = [], 0
+    found, start, patches = [], 0, patch_counts(store)
     for chunk, stop in zip(plan.chunks, ends, strict=True):
         inside = [pick - start for pick in picks if start <= pick < stop]
         if inside:
-            found += _rows_of_chunk(store, plan, chunk, encoder, inside)
+            found += _rows_of_chunk(store, plan, chunk, encoder, inside, patches[chunk.chunk_id])
         start = stop
     found = [row for row in found if prompt_key(row.prompt_ids) not in known]
     if not found:
@@ -161,15 +162,24 @@ def chunk_rows(store: Store, plan: Plan, chunk: Chunk, encoder: PromptEncoder) -
     Raises:
         JobFailedError: the part or the input cannot be read.
     """
-    return _rows_of_chunk(store, plan, chunk, encoder, list(range(chunk.num_rows)))
+    num_patches = patch_counts(store)[chunk.chunk_id]
+    picks = list(range(chunk.num_rows))
+    return _rows_of_chunk(store, plan, chunk, encoder, picks, num_patches)
 
 
 def _rows_of_chunk(
-    store: Store, plan: Plan, chunk: Chunk, encoder: PromptEncoder, picks: Sequence[int]
+    store: Store,
+    plan: Plan,
+    chunk: Chunk,
+    encoder: PromptEncoder,
+    picks: Sequence[int],
+    num_patches: int,
 ) -> list[Row]:
     source = read_chunk(plan, chunk, encoder.columns)
     ids = table_ids(source, plan, plan.files[chunk.file_index].path)
-    said = _token_ids(store, chunk)
+    said: dict[RowId, list[int]] = {}
+    for patch in range(num_patches + 1):
+        said |= _token_ids(store, layout.data_part(chunk.chunk_id, patch))
     rows = []
     for pick, row in zip(picks, iter_rows(source.take(picks)), strict=True):
         generated = said.get(ids[pick])
@@ -178,9 +188,8 @@ def _rows_of_chunk(
     return rows
 
 
-def _token_ids(store: Store, chunk: Chunk) -> dict[RowId, list[int]]:
-    """The first sample of each row of a part; none where all rows of the chunk are in error."""
-    rel = layout.data_part(chunk.chunk_id)
+def _token_ids(store: Store, rel: str) -> dict[RowId, list[int]]:
+    """The first sample of each row of a part; none where all rows were in error."""
     if not store.exists(rel):
         return {}
     try:

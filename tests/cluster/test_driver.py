@@ -31,9 +31,9 @@ SLOW = Script(step_s=0.1, max_resident=4)  # about 5 s of work for two replicas
 class Driver:
     """A job in a process of its own."""
 
-    def __init__(self, folder: Path, script: Script) -> None:
-        self.job = make_job(folder, **OPTIONS)
-        (folder / "script.pickle").write_bytes(pickle.dumps((OPTIONS, script)))
+    def __init__(self, folder: Path, script: Script, options: dict[str, Any] = OPTIONS) -> None:
+        self.job = make_job(folder, **options)
+        (folder / "script.pickle").write_bytes(pickle.dumps((options, script)))
         command = [sys.executable, "-m", "tests.cluster.drive", str(folder)]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from eevp_batch.errors import JobFailedError, UsageError
-from eevp_batch.report.summary import summarise
+from eevp_batch.report.figures import gather
+from eevp_batch.report.summary import read_samples, summarise
 from eevp_batch.report.text import render_status, render_summary
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.commit import Committer
@@ -15,6 +16,7 @@ from eevp_batch.storage.plan import make_plan, open_plan
 from eevp_batch.storage.status import read_status
 from eevp_batch.storage.store import Store
 from tests.storage.jobs import MODEL, attempt_chunk, is_failing, make_spec, run_job, write_input
+from tests.storage.retrying import redone_but, retry
 
 IDS = [f"row-{number}" for number in range(30)]
 
@@ -55,6 +57,21 @@ def test_samples_are_rows_of_the_output_with_their_prompts(done: Store) -> None:
     for sample in samples:
         assert sample.text == texts[sample.row_id, sample.sample_index]
         assert sample.prompt == f"prompt of {sample.row_id}"
+
+
+def test_rows_that_were_tried_again_are_read_as_the_others(done: Store, spec: JobSpec) -> None:
+    failing = [row_id for row_id in IDS if is_failing(row_id)]
+    hopeless = failing[:2]
+    retry(done, spec, redone_but(hopeless, num_samples=2))
+    figures = gather(done)
+    assert figures.sample.rows == figures.summary.totals.generations == 2 * (len(IDS) - 2)
+    in_error = [row["row_id"] for rows in figures.errors.values() for row in rows]
+    assert sorted(in_error) == sorted(hopeless)
+    tokens = sum(counts.total() for counts in figures.chunks.tokens.values())
+    assert tokens == figures.summary.totals.generated_tokens
+    shown = read_samples(done, figures.plan, 1000)
+    assert any(sample.row_id in failing for sample in shown), "a patch is shown like any part"
+    assert all(sample.prompt == f"prompt of {sample.row_id}" for sample in shown)
 
 
 def test_samples_do_without_the_input(done: Store, tmp_path: Path) -> None:

@@ -10,25 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from eevp_batch.errors import JobFailedError, StaleAttemptError
-from eevp_batch.records import RowFailure, RowId
+from eevp_batch.records import RowId
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
-from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.chunks import read_chunk, table_ids
 from eevp_batch.storage.commit import Committer, write_attempt
-from eevp_batch.storage.patches import Patch, find_patches, read_failures
-from eevp_batch.storage.plan import Plan, make_plan, read_plan
+from eevp_batch.storage.patches import find_patches, read_failures
+from eevp_batch.storage.plan import make_plan, read_plan
 from eevp_batch.storage.status import read_status
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
 from tests.faults.any_store import WatchedStore
 from tests.faults.machine import Crash, Died, Machine, Process
 from tests.storage.jobs import MODEL, generation, is_failing, make_spec, run_job, write_input
+from tests.storage.retrying import patch_attempt, redone_but, retry
 
 # Chunks of four rows: two with error rows among others, one of error rows only, one without any.
 _FAILING = [row for row in map("failing {}".format, range(60)) if is_failing(row)][:7]
@@ -36,6 +35,7 @@ _FINE = [row for row in map("fine {}".format, range(60)) if not is_failing(row)]
 FAILED = _FAILING
 IDS = [_FINE[0], *_FAILING[:2], _FINE[1], *_FAILING[2:6], *_FINE[2:8], _FAILING[6], _FINE[8]]
 HOPELESS = [_FAILING[0], _FAILING[3]]
+REDO = redone_but(HOPELESS, num_samples=2)
 
 
 @pytest.fixture(autouse=True)
@@ -56,40 +56,6 @@ def out(tmp_path: Path, spec: JobSpec) -> Path:
     run_job(Store.open(folder), spec)
     assert len(list(folder.glob("errors/*"))) == 3
     return folder
-
-
-def patch_attempt(
-    store: Store, plan: Plan, spec: JobSpec, patch: Patch, hopeless: Sequence[RowId] = HOPELESS
-) -> Attempt:
-    """What a replica makes of a patch: the hopeless rows fail again."""
-    chunk = plan.chunks[patch.chunk_id]
-    source = read_chunk(plan, chunk, ["prompt"])
-    before = {failure.row_id: failure for failure in read_failures(store, patch)}
-    ids = table_ids(source, plan, "input")
-    numbers = [number for number, row_id in enumerate(ids) if row_id in before]
-    rows = [ids[number] for number in numbers]
-    done = [generation(row, n) for row in rows if row not in hopeless for n in range(2)]
-    failed = [
-        RowFailure(row, "HopelessError", "again", before[row].attempts + 1)
-        for row in rows
-        if row in hopeless
-    ]
-    part = source.take(pa.array(numbers, pa.int64()))
-    return write_attempt(
-        store, plan, spec, chunk, 1, 1, part, done, failed, "replica", 1.0, patch=patch.number
-    )
-
-
-def retry(store: Store, spec: JobSpec) -> None:
-    """What a coordinator does with all rows in error."""
-    plan = read_plan(store)
-    committer = Committer(store, plan)
-    committer.clean_attempts()
-    patches = list(find_patches(committer))
-    committer.reopen()
-    for patch in patches:
-        committer.commit(patch_attempt(store, plan, spec, patch), 1)
-    committer.finish({})
 
 
 def rows_there(out: Path) -> tuple[Counter[Any], Counter[Any]]:
@@ -116,11 +82,11 @@ def assert_exact(out: Path, in_error: Sequence[RowId], where: str) -> None:
 
 def test_a_retry_patches_rows_in_and_leaves_the_parts_alone(out: Path, spec: JobSpec) -> None:
     data = {path: path.read_bytes() for path in out.glob("data/*")}
-    retry(Store.open(out), spec)
+    retry(Store.open(out), spec, REDO)
     assert_exact(out, HOPELESS, "after one retry")
     assert data.items() <= {path: path.read_bytes() for path in out.glob("data/*")}.items()
     for _ in range(2):
-        retry(Store.open(out), spec)
+        retry(Store.open(out), spec, REDO)
         assert_exact(out, HOPELESS, "after another")
     rows = [row for path in out.glob("errors/*") for row in pq.read_table(path).to_pylist()]
     assert {row["attempts"] for row in rows} == {4}, "each retry counts as an attempt"
@@ -133,7 +99,7 @@ def retried_until_death(out: Path, spec: JobSpec, at: int) -> bool:
     store = WatchedStore(machine, lambda: Store.open(out)).store()
     try:
         with machine.acting_as(Process("retry")):
-            retry(store, spec)
+            retry(store, spec, REDO)
     except Died:
         return False
     return True
@@ -153,7 +119,7 @@ def test_a_crash_around_every_operation_of_a_retry(out: Path, spec: JobSpec) -> 
             in_error = sorted(rows_there(folder)[1])
             assert set(HOPELESS) <= set(in_error) <= set(FAILED), where
             assert_exact(folder, in_error, where)
-        retry(Store.open(folder), spec)
+        retry(Store.open(folder), spec, REDO)
         assert_exact(folder, HOPELESS, where)
     assert at > 30, "the walk covered attempts, parts, records and deletions"
 
@@ -171,13 +137,14 @@ def test_a_patch_is_committed_once(out: Path, spec: JobSpec) -> None:
     plan = read_plan(store)
     committer = Committer(store, plan)
     patch = next(find_patches(committer))
-    first = patch_attempt(store, plan, spec, patch)
-    second = patch_attempt(store, plan, spec, patch)
+    first = patch_attempt(store, plan, spec, patch, REDO)
+    second = patch_attempt(store, plan, spec, patch, REDO)
     assert committer.commit(first, 1) == committer.commit(first, 1)
     with pytest.raises(StaleAttemptError, match=r"\.r1\.json"):
         committer.commit(second, 1)
     with pytest.raises(StaleAttemptError, match="lease 1 came during lease 2"):
-        committer.commit(patch_attempt(store, plan, spec, next(find_patches(committer))), 2)
+        late = next(find_patches(committer))
+        committer.commit(patch_attempt(store, plan, spec, late, REDO), 2)
 
 
 def test_a_patch_that_accounts_for_other_rows_is_refused(out: Path, spec: JobSpec) -> None:
@@ -198,7 +165,7 @@ def test_a_patch_that_accounts_for_other_rows_is_refused(out: Path, spec: JobSpe
 
 
 def test_a_patch_whose_chunk_lost_its_record_goes_with_it(out: Path, spec: JobSpec) -> None:
-    retry(Store.open(out), spec)
+    retry(Store.open(out), spec, REDO)
     patched = next(out.glob("_eevp/commits/*.r1.json"))
     (patched.parent / patched.name.replace(".r1", "")).unlink()
     problems = verify(Store.open(out)).problems
@@ -217,7 +184,7 @@ def test_verify_sees_an_error_row_that_was_patched_and_is_still_there(
     out: Path, spec: JobSpec
 ) -> None:
     before = {path: path.read_bytes() for path in out.glob("errors/*")}
-    retry(Store.open(out), spec)
+    retry(Store.open(out), spec, REDO)
     for path, content in before.items():
         path.write_bytes(content)
     problems = verify(Store.open(out)).problems
@@ -228,7 +195,7 @@ def test_verify_sees_an_error_row_that_was_patched_and_is_still_there(
 
 
 def test_verify_sees_a_patch_that_was_altered(out: Path, spec: JobSpec) -> None:
-    retry(Store.open(out), spec)
+    retry(Store.open(out), spec, REDO)
     part = next(out.glob("data/*.r1.parquet"))
     part.write_bytes(part.read_bytes()[:-20] + bytes(20))
     problems = "\n".join(verify(Store.open(out)).problems)

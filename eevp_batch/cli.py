@@ -18,6 +18,7 @@ import click
 
 from eevp_batch import __version__
 from eevp_batch.cli_output import REPAIR_HINT, report, status, sum_up, verify
+from eevp_batch.cli_rayjob import rayjob
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
 from eevp_batch.errors import EevpError, TooManyErrorsError, UsageError, VerifyFailedError
@@ -171,7 +172,7 @@ def retry_errors(job_or_out: str, overrides: tuple[str, ...], classes: tuple[str
     _run_and_sum_up(job, opened, wants_bar=True, retry=classes)
 
 
-for command in (status, verify, report, potential, fit, calibrate):
+for command in (status, verify, report, potential, fit, calibrate, rayjob):
     main.add_command(command)
 
 

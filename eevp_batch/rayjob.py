@@ -181,7 +181,9 @@ def _check_path(source: SpecSource, where: str, path: str, pods: Pods) -> None:
         return
     origin = source.origin(where)
     place = origin.file if origin.line is None else f"{origin.file}:{origin.line}"
-    below = f"a path below {mount}" if mount else "a path below a volume that --claim NAME:/path mounts"
+    below = (
+        f"a path below {mount}" if mount else "a path below a volume that --claim NAME:/path mounts"
+    )
     hub = ", a hub id" if where == "model.path" else ""
     raise UsageError(
         f"{place}: {where}: found {path}, which no pod can see; allowed: a URI such as "

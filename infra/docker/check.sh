@@ -43,7 +43,9 @@ unshare --mount --pid --fork --kill-child bash -euo pipefail -c '
   cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/check.crt"  # the image installs its own
   mkdir -p "$root/root/.config/pip"
   if [[ -e ~/.config/pip/pip.conf ]]; then cp ~/.config/pip/pip.conf "$root/root/.config/pip/"; fi
-  PIP_CERT=/etc/check.crt chroot "$root" /bin/bash /steps.sh /context
+  mapfile -t kept < <(env | grep -E "^(PIP_|TORCH_INDEX=)" || true)
+  env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin "${kept[@]}" PIP_CERT=/etc/check.crt \
+    chroot "$root" /bin/bash /steps.sh /context
 '
 for part in "" /srv/eevp/venv; do
   du -sh --exclude=proc --exclude=dev --exclude=context "$root$part" | sed "s:\t.*: in ${part:-all}:" >&2

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
-from eevp_batch.cluster.fleet import Call, Outcome, Resources, Slot
+from eevp_batch.cluster.fleet import MOST_POLLED, Call, Outcome, Resources, Slot
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import ReplicaReady
 from eevp_batch.records import ChunkStats
@@ -146,6 +146,7 @@ class Behaviour:
         start_s: a replica is ready after half of it to one and a half of it.
         mean_life_s: mean seconds until a replica is taken away; 0: never.
         call_s: seconds on the way to a replica and back.
+        look_s: processor seconds that Ray takes to look at one call under way, as measured.
         max_resident: sequences that its engine holds.
     """
 
@@ -154,6 +155,7 @@ class Behaviour:
     start_s: float = 60.0
     mean_life_s: float = 0.0
     call_s: float = 0.002
+    look_s: float = 2e-6
     max_resident: int = 256
 
 
@@ -161,7 +163,7 @@ class SimulatedFleet:
     """What `eevp_batch.cluster.fleet.Fleet` is to the coordinator; time passes in `wait`.
 
     Attributes:
-        decisions: processor seconds of the coordinator after each wait, by what had come.
+        turns: for each wait, processor seconds of the coordinator after it and outcomes that came.
         starved_s: seconds, over all replicas that were ready, without a chunk to work on.
         ready_s: seconds, over all replicas, of being ready.
         late_s: for each attempt, seconds until the coordinator took it.
@@ -186,9 +188,10 @@ class SimulatedFleet:
         self._ready_at_s = [0.0] * size
         self._rows = [0] * size
         self._polled: set[int] = set()
+        self._next_polled = self._num_calls = 0
         self._resumed_s: float | None = None
-        self._kind = ""
-        self.decisions: dict[str, list[float]] = {}
+        self._num_taken = 0
+        self.turns: list[tuple[float, int]] = []
         self.late_s: list[float] = []
         self.starved_s = self.ready_s = 0.0
 
@@ -214,25 +217,24 @@ class SimulatedFleet:
         self._expect(self._free_s[slot.index] - self._clock.now_s, slot, "process", lease)
 
     def poll(self) -> None:
-        for slot in self.slots:
+        for _ in range(min(MOST_POLLED, len(self.slots))):
+            slot = self.slots[self._next_polled % len(self.slots)]
+            self._next_polled += 1
             if slot.ready is not None and slot.index not in self._polled:
                 self._polled.add(slot.index)
                 self._expect(self._behaviour.call_s, slot, "progress")
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
         self._decided()
+        # Ray looks at every call that is under way, twice where one has ended.
+        self._clock.now_s += self._behaviour.look_s * 2 * self._num_calls
         until_s = self._clock.now_s + timeout_s
-        outcome, self._kind = None, "nothing"
-        while outcome is None and self._events and self._events[0][0] <= until_s:
-            at_s, _, slot, life, call, lease = heapq.heappop(self._events)
-            self._clock.now_s = max(self._clock.now_s, at_s)
-            if slot.handle is not None and slot.starts == life:
-                outcome = self._outcome(at_s, slot, call, lease)
-        if outcome is None:
-            self._clock.now_s = until_s
+        if self._events and self._events[0][0] <= until_s:
+            self._clock.now_s = until_s = max(self._clock.now_s, self._events[0][0])
+        outcomes = list(self._due(until_s))
+        self._clock.now_s, self._num_taken = until_s, len(outcomes)
         self._resumed_s = time.thread_time()
-        if outcome is not None:
-            yield outcome
+        yield from outcomes
 
     def bury(self, slot: Slot) -> None:
         if slot.ready is not None:
@@ -256,31 +258,40 @@ class SimulatedFleet:
         self, in_s: float, slot: Slot, call: Call | None, lease: Lease | None = None
     ) -> None:
         """Let a call end, or a replica (None), in so many seconds."""
+        self._num_calls += call is not None
         event = (self._clock.now_s + in_s, next(self._numbers), slot, slot.starts, call, lease)
         heapq.heappush(self._events, event)
+
+    def _due(self, until_s: float) -> Iterator[Outcome]:
+        """All that has happened by then, to replicas that are still theirs."""
+        while self._events and self._events[0][0] <= until_s:
+            at_s, _, slot, life, call, lease = heapq.heappop(self._events)
+            self._num_calls -= call is not None
+            if slot.handle is not None and slot.starts == life:
+                yield self._outcome(at_s, until_s, slot, call, lease)
 
     def _decided(self) -> None:
         """Note what the coordinator cost since it was last given something."""
         if self._resumed_s is not None:
             seconds = time.thread_time() - self._resumed_s
-            self.decisions.setdefault(self._kind, []).append(seconds)
+            self.turns.append((seconds, self._num_taken))
             self._clock.now_s += seconds
             self._resumed_s = None
 
-    def _outcome(self, at_s: float, slot: Slot, call: Call | None, lease: Lease | None) -> Outcome:
+    def _outcome(
+        self, at_s: float, now_s: float, slot: Slot, call: Call | None, lease: Lease | None
+    ) -> Outcome:
         if call is None:
-            self._kind = "death"
             return Outcome(slot, "process", lost="preempted")
-        self._kind = call
         if call == "ready":
-            self._ready_at_s[slot.index] = self._free_s[slot.index] = self._clock.now_s
+            self._ready_at_s[slot.index] = self._free_s[slot.index] = now_s
             resident = self._behaviour.max_resident
             return Outcome(slot, call, value=ReplicaReady(1, "node", resident, 60.0, {}))
         if call == "progress":
             self._polled.discard(slot.index)
             return Outcome(slot, call, value=self._progress(slot))
         assert lease is not None
-        self.late_s.append(self._clock.now_s - at_s)
+        self.late_s.append(now_s - at_s)
         return Outcome(slot, call, lease, value=self._attempt(slot, lease))
 
     def _progress(self, slot: Slot) -> LoopProgress:

@@ -171,16 +171,17 @@ class Simulation:
         cpu_s = time.process_time() - cpu_s
         requests = self.store.requests - requests
         working_s = self.clock.now_s - 1.5 * self.behaviour.start_s
-        every = [seconds for found in fleet.decisions.values() for seconds in found]
+        busy_s = sum(seconds for seconds, _ in fleet.turns)
         return {
             "virtual_s": self.clock.now_s,
             "chunks_per_virtual_s": len(self.plan.chunks) / working_s,
             "asked_chunks_per_s": self.spec.cluster.replicas / self.behaviour.chunk_s,
             "starved_share": fleet.starved_s / fleet.ready_s,
             "taken_after": ms(fleet.late_s),
-            "decision": ms(every),
-            "decision_by_outcome": {kind: ms(found) for kind, found in fleet.decisions.items()},
-            "coordinator_share": sum(every) / self.clock.now_s,
+            "decision": ms([seconds / count for seconds, count in fleet.turns if count]),
+            "turn": ms([seconds for seconds, _ in fleet.turns]),
+            "outcomes": sum(count for _, count in fleet.turns),
+            "coordinator_share": busy_s / self.clock.now_s,
             "storage_share": self.store.waited_s / self.clock.now_s,
             "cpu_s": cpu_s,
             "replica_deaths": driver.recoveries.replica_deaths,
@@ -235,17 +236,17 @@ def show(size: int, found: dict[str, Any]) -> None:
         f"{run['chunks_per_virtual_s']:.1f} chunks/s of {run['asked_chunks_per_s']:.1f} asked for; "
         f"replicas without work {run['starved_share']:.1%}; {run['replica_deaths']} deaths"
     )
-    by_outcome = run["decision_by_outcome"].items()
-    for kind, took in (("all", run["decision"]), *by_outcome, ("(taken after)", run["taken_after"])):
+    for kind in ("decision", "turn", "taken_after"):
+        took = run[kind]
         print(
-            f"  {kind:14} median {took['median_ms']:9.3f} ms   p99 {took['p99_ms']:9.3f} ms   "
+            f"  {kind:12} median {took['median_ms']:9.3f} ms   p99 {took['p99_ms']:9.3f} ms   "
             f"most {took['most_ms']:9.1f} ms   x {took['count']:,}"
         )
     requests = ", ".join(f"{kind} {n:.2f}" for kind, n in run["requests_per_chunk"].items())
     total = sum(run["requests_per_chunk"].values())
     print(
         f"  time: coordinator {run['coordinator_share']:.1%}, storage {run['storage_share']:.1%}; "
-        f"requests per chunk {total:.2f} ({requests})"
+        f"outcomes {run['outcomes']:,}; requests per chunk {total:.2f} ({requests})"
     )
     print(
         f"  memory: plan {run['plan_mib']:.0f} MiB, run {run['grown_mib']:+.0f} MiB, peak with the "

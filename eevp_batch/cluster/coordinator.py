@@ -6,6 +6,7 @@ it, and what it holds does not grow with the rows that are done.
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable
@@ -160,26 +161,23 @@ class Coordinator:
                 self._fleet.start(slot)
 
     def _hand_out(self) -> None:
-        """Lease pending chunks to the replicas that hold the fewest."""
+        """Lease pending chunks to the replicas that hold the fewest; the last ones to all alike."""
         if self._is_draining:
             return
-        held = {
-            slot.index: len(self._leases.leases_of(slot.name))
+        share = math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
+        with_room = [
+            (held, slot.index, slot)
             for slot in self._fleet.slots
-            if slot.ready is not None and not slot.is_learning
-        }
-        while held and self._leases.num_pending:
-            slot = self._fleet.slots[min(held, key=lambda index: held[index])]
-            is_full = held[slot.index] >= min(slot.max_leases, self._fair_share())
-            if is_full or not self._lease(slot):
-                # Replicas that can hold more than this one may still take some.
-                del held[slot.index]
-                continue
-            held[slot.index] += 1
-
-    def _fair_share(self) -> int:
-        """Chunks that a replica may hold so that the last ones spread over all replicas."""
-        return math.ceil(self._leases.num_unfinished / len(self._fleet.slots))
+            if slot.ready is not None
+            and not slot.is_learning
+            and (held := self._leases.num_held(slot.name)) < min(slot.max_leases, share)
+        ]
+        heapq.heapify(with_room)
+        while with_room and self._leases.num_pending:
+            held, index, slot = heapq.heappop(with_room)
+            # Where it gets nothing, others may: one that holds less may be kept for a suspect.
+            if self._lease(slot) and held + 1 < min(slot.max_leases, share):
+                heapq.heappush(with_room, (held + 1, index, slot))
 
     def _lease(self, slot: Slot) -> bool:
         found = self._backlog.lease(slot.name, self._phases.phase)
@@ -192,11 +190,12 @@ class Coordinator:
 
     def _ask_to_learn(self) -> None:
         """Once there are rows to learn from, the replica that holds the fewest chunks does it."""
-        slots = [slot for slot in self._fleet.slots if slot.ready is not None]
-        is_due = not self._backlog.is_retry and self._phases.is_learning_due
-        if self._is_draining or not slots or not is_due:
+        if self._is_draining or self._backlog.is_retry or not self._phases.is_learning_due:
             return
-        slot = min(slots, key=lambda slot: len(self._leases.leases_of(slot.name)))
+        slots = [slot for slot in self._fleet.slots if slot.ready is not None]
+        if not slots:
+            return
+        slot = min(slots, key=lambda slot: self._leases.num_held(slot.name))
         order = self._phases.learn(self._plan.num_rows - self.totals.rows)
         self._tell(news.learning_started(slot.name, order))
         self._fleet.learn(slot, order)
@@ -204,6 +203,8 @@ class Coordinator:
     # --- taking in -------------------------------------------------------------------------------
 
     def _take(self, outcome: Outcome) -> None:
+        if outcome.slot.handle is None and (outcome.lease is None or outcome.value is None):
+            return  # it came with the one for which its replica was given up just now
         if outcome.lost is not None:
             self._bury(outcome.slot, outcome.lost)
         elif outcome.failed is not None:

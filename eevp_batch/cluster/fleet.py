@@ -25,6 +25,9 @@ from eevp_batch.errors import EevpError, JobFailedError
 
 _PID = re.compile(r"\bpid: (\d+)")
 
+MOST_POLLED = 200
+"""Replicas that are asked for their progress at once: each answer is work for the coordinator."""
+
 Call = Literal["ready", "process", "progress", "learn"]
 
 
@@ -130,6 +133,7 @@ class Fleet:
         self._arguments = [ray.put(argument) for argument in arguments]
         self._actor: Any = ray.remote(Replica)
         self._calls: dict[Any, tuple[Slot, Call, Lease | None]] = {}
+        self._next_polled = 0
 
     def start(self, slot: Slot) -> None:
         """Start a replica in an empty slot; its `ready` outcome tells when its engine is built."""
@@ -156,14 +160,19 @@ class Fleet:
         self._remember(slot.handle.learn.remote(order), slot, "learn")
 
     def poll(self) -> None:
-        """Ask each replica that has answered the last poll for its progress, once it can."""
+        """Ask replicas that have answered the last poll for their progress, once they can.
+
+        Of more than `MOST_POLLED` those whose turn it is.
+        """
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
-        for slot in self.slots:
+        for _ in range(min(MOST_POLLED, len(self.slots))):
+            slot = self.slots[self._next_polled % len(self.slots)]
+            self._next_polled += 1
             if slot.handle is not None and slot.index not in asked:
                 self._remember(slot.handle.progress.remote(), slot, "progress")
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
-        """Wait for calls to end; yields the outcome of each that has.
+        """Wait until a call ends; yields the outcome of each that has.
 
         Raises:
             JobFailedError: Ray itself has died.
@@ -172,7 +181,10 @@ class Fleet:
             time.sleep(timeout_s)
             return
         try:
-            done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+            calls = list(self._calls)
+            done, _ = ray.wait(calls, num_returns=1, timeout=timeout_s)
+            if done:  # looking at all calls costs the same, however many have ended
+                done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         except RayError as error:
             raise JobFailedError(f"Ray has died: {error}") from error
         for ref in done:

@@ -132,6 +132,10 @@ class LeaseTable:
         """What `replica` holds, oldest first."""
         return list(self._held.get(replica, {}).values())
 
+    def num_held(self, replica: str) -> int:
+        """How many leases `replica` holds."""
+        return len(self._held.get(replica, ()))
+
     def commit(self, lease: Lease) -> None:
         """Settle a lease whose attempt is committed.
 

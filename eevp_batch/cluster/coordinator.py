@@ -231,10 +231,9 @@ class Coordinator:
 
     def _take_failure(self, outcome: Outcome) -> None:
         """End the job for what the code raised, except where a fresh start may help."""
-        if outcome.call == "ready" and not outcome.is_ours:
-            self._bury(outcome.slot, str(outcome.failed))
-        else:
+        if outcome.call != "ready" or outcome.is_ours:
             raise JobFailedError(outcome.failed)
+        self._bury(outcome.slot, str(outcome.failed))
 
     def _take_ready(self, slot: Slot, ready: Any) -> None:
         slot.ready = ready
@@ -324,6 +323,7 @@ class Coordinator:
         self._look_due_s = time.monotonic() + LOOK_EVERY_S
         with self._in_storage:
             self._committer.check_lock()
+            self._events.flush()
         self._fleet.poll()
         found = self.progress()
         self._on_progress(found)

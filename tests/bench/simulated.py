@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ class CountingBucket(ObjectStore):
         self.folders: dict[str, dict[str, None]] = {}
         self.requests: Counter[str] = Counter()
         self.waited_s = 0.0
+        self._counting = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
@@ -90,10 +92,13 @@ class CountingBucket(ObjectStore):
             yield from names[start : start + LIST_PAGE]
 
     def _request(self, kind: str) -> None:
-        self.requests[kind] += 1
         seconds = getattr(self._latencies, kind)
-        self.waited_s += seconds
-        self._clock.now_s += seconds
+        if threading.current_thread() is not threading.main_thread():
+            seconds /= self.reads_at_once  # as many wait side by side
+        with self._counting:
+            self.requests[kind] += 1
+            self.waited_s += seconds
+            self._clock.now_s += seconds
 
     def _get(self, rel: str) -> bytes:
         self._request("get")
@@ -155,7 +160,7 @@ class Behaviour:
     start_s: float = 60.0
     mean_life_s: float = 0.0
     call_s: float = 0.002
-    look_s: float = 2e-6
+    look_s: float = 0.36e-6
     max_resident: int = 256
 
 

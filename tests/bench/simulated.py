@@ -66,7 +66,7 @@ class CountingBucket(ObjectStore):
 
     def __init__(self, clock: Clock, latencies: Latencies) -> None:
         super().__init__(None, "bucket/out", "s3://bucket/out")
-        self._clock, self._latencies = clock, latencies
+        self._clock, self.latencies = clock, latencies
         self.objects: dict[str, bytes] = {}
         self.folders: dict[str, dict[str, None]] = {}
         self.requests: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class CountingBucket(ObjectStore):
             yield from names[start : start + LIST_PAGE]
 
     def _request(self, kind: str) -> None:
-        seconds = getattr(self._latencies, kind)
+        seconds = getattr(self.latencies, kind)
         if threading.current_thread() is not threading.main_thread():
             seconds /= self.reads_at_once  # as many wait side by side
         with self._counting:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eevp_batch.errors import UsageError
+from eevp_batch.spec import JobSpec
+from eevp_batch.storage.plan import Plan
+from eevp_batch.storage.status import read_events
+from eevp_batch.storage.store import Store
 
 _STARTS = ("job_started", "job_resumed")
 
@@ -58,6 +62,10 @@ class Prediction:
         """From the job's start to `_SUCCESS`."""
         return self.start_s + self.work_s + self.drain_s + self.verify_s
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**{name: getattr(self, name) for name in self.__slots__}, "total_s": self.total_s}
+
 
 def predict(pace: Pace, rows: int, chunks: int, replicas: int) -> Prediction:
     """Work out how long a job takes.
@@ -80,6 +88,27 @@ def predict(pace: Pace, rows: int, chunks: int, replicas: int) -> Prediction:
         verify_s=chunks * pace.verify_s,
         limit="replicas" if work_s >= commits_s else "coordinator",
     )
+
+
+def predict_like(out: str, spec: JobSpec, plan: Plan) -> list[Prediction]:
+    """How long a job takes at the pace of one that is done: with 1, 2, 4, .. replicas and its own.
+
+    Args:
+        out: output folder of a finished job with the same model and settings.
+        spec: the job.
+        plan: its chunks.
+
+    Raises:
+        UsageError: `out` holds no finished job.
+    """
+    store = Store.open(out)
+    try:
+        pace = measure_pace(read_events(store))
+    except UsageError as error:
+        raise UsageError(f"{store.text}: {error}") from error
+    own = spec.cluster.replicas
+    counts = sorted({own, *(1 << power for power in range((4 * own).bit_length()))})
+    return [predict(pace, plan.num_rows, len(plan.chunks), count) for count in counts]
 
 
 def measure_pace(events: Iterable[Mapping[str, Any]], commit_s: float = 0.0) -> Pace:

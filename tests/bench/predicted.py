@@ -119,7 +119,7 @@ def compare(kind: str, rounds: int) -> list[dict[str, Any]]:
                 "kind": kind,
                 "replicas": replicas,
                 "rows": rows,
-                "predicted": {**asdict(prediction), "total_s": prediction.total_s},
+                "predicted": prediction.to_json(),
                 "measured_s": seconds,
                 "error": prediction.total_s / seconds - 1,
                 "runs": measured,
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write figures as JSON")
     chosen = parser.parse_args()
+    os.environ["EEVP_DASHBOARD"] = "0"
     every: list[dict[str, Any]] = []
     for kind in chosen.kinds.split(","):
         every += compare(kind, chosen.rounds)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eevp_batch.cli import main
 from eevp_batch.errors import UsageError
 from eevp_batch.report.scaling import Pace, measure_pace, predict
 
@@ -75,6 +81,31 @@ def test_a_resumed_run_counts_from_its_own_start() -> None:
     log = run_of(PACE, chunks=40, rows=20)
     resumed = [{**log[0], "event": "job_resumed"}, *log[1:]]
     assert measure_pace([*earlier, *resumed]) == measure_pace(log)
+
+
+def test_a_plan_says_how_long_it_takes_at_the_pace_of_a_finished_job(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    rows = {"id": list(range(64)), "prompt": ["the fox"] * 64}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    job = tmp_path / "job.yaml"
+    text = f"input: {{path: in.parquet}}\nmodel: {{path: {tiny_llama}}}\noutput: {{path: new}}\n"
+    job.write_text(text + "cluster: {replicas: 3}\nrun: {chunk_rows: 4}\n")
+    command = ["plan", str(job), "--from", str(tmp_path / "out")]
+    missing = CliRunner().invoke(main, command)
+    assert missing.exit_code == 2
+    assert "out: events: found no run" in missing.stderr
+    (tmp_path / "out" / "_eevp").mkdir(parents=True)
+    lines = map(json.dumps, run_of(PACE, chunks=40, rows=20))
+    (tmp_path / "out" / "_eevp" / "events.jsonl").write_text("\n".join(lines) + "\n")
+    found = CliRunner().invoke(main, [*command, "--json"])
+    times = {time["replicas"]: time for time in json.loads(found.stdout)["times"]}
+    assert list(times) == [1, 2, 3, 4, 8]
+    assert times[1]["work_s"] == pytest.approx(64 * 5 / 100, rel=0.06)
+    assert times[8]["work_s"] == pytest.approx(times[1]["work_s"] / 8)
+    shown = CliRunner().invoke(main, command).stdout
+    assert f"at the pace of {tmp_path}/out" in shown
+    assert "replicas |       in all" in shown
 
 
 @pytest.mark.parametrize("end", [1, 3, -1])

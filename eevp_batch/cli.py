@@ -19,6 +19,7 @@ import click
 from eevp_batch import __version__
 from eevp_batch.cli_cluster import cancel, list_runs, logs, submit_there
 from eevp_batch.cli_output import report, status, verify
+from eevp_batch.cli_rayjob import rayjob
 from eevp_batch.cli_run import Inside, prepared, run_and_sum_up, run_job_file
 from eevp_batch.cli_tune import calibrate, fit, potential
 from eevp_batch.console import echo_json, json_option, spec_overrides, width
@@ -176,22 +177,32 @@ def validate(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     type=click.IntRange(min=1),
     help="About how many rows to tokenise; more are estimated from these.",
 )
+@click.option(
+    "--from",
+    "out",
+    metavar="OUT",
+    help="A finished job of the same model and settings: how long this one takes at its pace.",
+)
 @json_option
-def plan(spec: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+def plan(spec: str, overrides: tuple[str, ...], rows: int, out: str | None, as_json: bool) -> None:
     """Show what a job would do and what it would cost; write nothing."""
     from eevp_batch.prepare import check_prompts, count_prompts, earlier_plan, prepare
     from eevp_batch.report.forecast import forecast
-    from eevp_batch.report.text import render_forecast
+    from eevp_batch.report.scaling import predict_like
+    from eevp_batch.report.text import render_forecast, render_predictions
 
     job = prepare(spec, overrides)
     earlier_plan(job)
     counts = count_prompts(job, check_prompts(job), rows)
     num_chunks, num_files = len(job.plan.chunks), len(job.plan.files)
     found = forecast(job.spec, job.model, counts, job.plan.num_rows, num_chunks, num_files)
+    times = predict_like(out, job.spec, job.plan) if out else []
     if as_json:
-        echo_json(found.to_json())
-    else:
-        click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, width())}")
+        echo_json({**found.to_json(), "times": [time.to_json() for time in times]})
+        return
+    click.echo(f"{job.spec.name}, {job.model.id}\n{render_forecast(found, width())}")
+    if times:
+        click.echo(f"\nat the pace of {out}\n{render_predictions(times)}")
 
 
 @main.command("retry-errors")
@@ -233,6 +244,7 @@ for command in (
     *(status, verify, report),
     *(logs, list_runs, cancel),
     *(potential, fit, calibrate),
+    rayjob,
 ):
     main.add_command(command)
 

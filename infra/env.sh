@@ -104,7 +104,7 @@ eevp_install() {
   # The pins, but with the torch that is there.
   sed "s/^torch==.*/torch==$torch/" "$EEVP_ROOT/infra/constraints.txt" >"$pins"
   eevp_say "Installing eevp-batch[$extras] ..."
-  eevp_pip install -c "$pins" -e "$EEVP_ROOT[$extras]" || return
+  eevp_pip install -c "$pins" -e "${EEVP_ROOT}[$extras]" || return
 }
 
 # eevp_env EXTRAS: the environment with the package and these extras, made only where it has changed.

@@ -171,6 +171,8 @@ class Coordinator:
     # --- taking in -------------------------------------------------------------------------------
 
     def _take(self, outcome: Outcome) -> None:
+        if outcome.slot.is_empty and (outcome.lease is None or outcome.value is None):
+            return  # it came with the one for which its replica was given up just now
         if outcome.lost is not None and (outcome.is_told or outcome.slot.is_leaving):
             self.recoveries += self._staffing.let_go(outcome.slot, outcome.lost)
         elif outcome.lost is not None:
@@ -300,6 +302,7 @@ class Coordinator:
         self._look_due_s = now_s + LOOK_EVERY_S
         with self._in_storage:
             self._committer.check_lock()
+        self._diary.flush()
         self._fleet.poll()
         if not self._is_draining:
             self.recoveries += Recoveries(chunks_copied=self._handout.copies(now_s))

@@ -26,12 +26,14 @@ class DeathWatch:
         self._slots = slots
         self._patience = patience(run.chunk_rows, run.max_attempts)
         self._of_suspects = 0
+        self._in_a_row: set[int] = set()
 
     def finished(self) -> None:
         """Some replica has finished something that stays."""
         self._of_suspects = 0
-        for slot in self._slots:
-            slot.deaths_in_a_row = 0
+        for index in self._in_a_row:
+            self._slots[index].deaths_in_a_row = 0
+        self._in_a_row.clear()
 
     def died(self, slot: Slot, reason: str, *, tried_suspect: bool) -> None:
         """Count a death, and set when the slot's next replica may start.
@@ -43,6 +45,7 @@ class DeathWatch:
             self._of_suspects += 1
         else:
             slot.deaths_in_a_row += 1
+            self._in_a_row.add(slot.index)
         slot.not_before_s = time.monotonic() + rules.start_delay_s(slot.deaths_in_a_row)
         if slot.deaths_in_a_row >= MAX_DEATHS_IN_A_ROW or self._of_suspects > self._patience:
             raise JobFailedError(

@@ -33,6 +33,11 @@ class Diary:
         with self.in_storage:
             self._events.write(event, **fields)
 
+    def flush(self) -> None:
+        """Write what the event log has held back; call it now and then."""
+        with self.in_storage:
+            self._events.flush()
+
     def tell(self, told: News) -> None:
         """Write an event and say its sentence."""
         self.write(told.event, **told.fields)

@@ -31,19 +31,41 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from eevp_batch.storage import layout
 from eevp_batch.storage.store import Store
 
+_OF_CHUNKS = ("chunk_leased", "chunk_committed")
+_MOST_HELD = 500
+
 
 class EventLog:
-    """Appends events; what is written is never needed to go on with the job."""
+    """Appends events; what is written is never needed to go on with the job.
 
-    def __init__(self, store: Store) -> None:
+    Where each append is a file of its own, events of chunks are held until the next `flush`, or
+    until another event comes: a job of a million chunks would leave two million files.
+    """
+
+    def __init__(self, store: Store, held: Sequence[str] = ()) -> None:
         self._store = store
+        self._held = list(held)
+
+    def on(self, store: Store) -> EventLog:
+        """The same log, with what is held, through another view of its folder."""
+        return EventLog(store, self._held)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line."""
         line = {"unix_s": round(time.time(), 3), "event": event, **fields}
-        self._store.append_line(layout.EVENTS, json.dumps(line, ensure_ascii=False))
+        self._held.append(json.dumps(line, ensure_ascii=False))
+        is_held = event in _OF_CHUNKS and not self._store.appends_cheaply
+        if not is_held or len(self._held) >= _MOST_HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what is held."""
+        if self._held:
+            self._store.append_line(layout.EVENTS, "\n".join(self._held))
+            self._held.clear()

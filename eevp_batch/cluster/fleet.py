@@ -38,6 +38,9 @@ _HEAD_ANSWERS_S = 3.0
 _NODES_NAMED = 4
 _EXPECTED = "terminated expectedly"  # what Ray says of a node that was told to end
 
+MOST_POLLED = 200
+"""Replicas that are asked for their progress at once: each answer is work for the coordinator."""
+
 Call = Literal["place", "ready", "process", "progress", "learn"]
 
 
@@ -179,6 +182,7 @@ class Fleet:
         self._actor: Any = ray.remote(Replica)
         self._calls: dict[Any, tuple[Slot, Call, Lease | None]] = {}
         self._nodes_due_s = 0.0
+        self._next_polled = 0
 
     def start(self, slot: Slot) -> None:
         """Ask for a place; its `place` outcome tells when it is there and a replica starts in it.
@@ -219,15 +223,18 @@ class Fleet:
         self._remember(_named(slot, "learn").remote(order), slot, "learn")
 
     def poll(self) -> None:
-        """Ask each replica that has answered the last poll for its progress, once it can.
+        """Ask replicas that have answered the last poll for their progress, once they can.
 
-        Those on nodes that are about to go are told to leave.
+        Of more than `MOST_POLLED` those whose turn it is. Those on nodes that are about to go are
+        told to leave.
         """
         if time.monotonic() >= self._nodes_due_s:
             self._nodes_due_s = time.monotonic() + _LOOK_AT_NODES_EVERY_S
             self._leave_nodes(_draining_nodes())
         asked = {slot.index for slot, call, _ in self._calls.values() if call == "progress"}
-        for slot in self.slots:
+        for _ in range(min(MOST_POLLED, len(self.slots))):
+            slot = self.slots[self._next_polled % len(self.slots)]
+            self._next_polled += 1
             if slot.handle is not None and slot.index not in asked:
                 self._remember(_named(slot, "progress").remote(), slot, "progress")
 
@@ -237,7 +244,7 @@ class Fleet:
                 slot.handle.leave.remote()
 
     def wait(self, timeout_s: float) -> Iterator[Outcome]:
-        """Wait for calls to end; yields the outcome of each that has.
+        """Wait until a call ends; yields the outcome of each that has.
 
         Raises:
             JobFailedError: Ray itself has died.
@@ -249,7 +256,10 @@ class Fleet:
             time.sleep(timeout_s)
             return
         try:
-            done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+            calls = list(self._calls)
+            done, _ = ray.wait(calls, num_returns=1, timeout=timeout_s)
+            if done:  # looking at all calls costs the same, however many have ended
+                done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         except RayError as error:
             raise JobFailedError(f"Ray has died: {error}") from error
         for ref in done:

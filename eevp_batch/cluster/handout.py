@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 
 from eevp_batch.cluster import news, stragglers
@@ -32,19 +33,18 @@ class Handout:
         if not self._leases.num_pending:
             return
         share = self._fair_share()
-        held = {
-            slot.index: self._leases.num_held(slot.name)
+        with_room = [
+            (held, slot.index, slot)
             for slot in self._fleet.slots
             if slot.can_work
-        }
-        while held and self._leases.num_pending:
-            slot = self._fleet.slots[min(held, key=lambda index: held[index])]
-            is_full = held[slot.index] >= min(slot.max_leases, share)
-            if is_full or not self._lease(slot):
-                # Replicas that can hold more than this one may still take some.
-                del held[slot.index]
-                continue
-            held[slot.index] += 1
+            and (held := self._leases.num_held(slot.name)) < min(slot.max_leases, share)
+        ]
+        heapq.heapify(with_room)
+        while with_room and self._leases.num_pending:
+            held, index, slot = heapq.heappop(with_room)
+            # Where it gets nothing, others may: one that holds less may be kept for a suspect.
+            if self._lease(slot) and held + 1 < min(slot.max_leases, share):
+                heapq.heappush(with_room, (held + 1, index, slot))
 
     def copies(self, now_s: float) -> int:
         """Let idle replicas do the last chunks as well where they should be faster.

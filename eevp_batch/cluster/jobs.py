@@ -339,7 +339,7 @@ class _Run:
 
     def _write_end(self, event: str, reason: str) -> None:
         committed = self.coordinator.num_committed if self.coordinator else 0
-        events = EventLog(self.store.with_patience(NO_PATIENCE))
+        events = self.events.on(self.store.with_patience(NO_PATIENCE))
         with contextlib.suppress(OSError):  # storage may be what failed; the error is told anyway
             events.write(
                 event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)

@@ -154,13 +154,13 @@ class LeaseTable:
         leases = self._leased.get(chunk_id)
         return leases[0].epoch if leases else None
 
-    def num_held(self, replica: str) -> int:
-        """How many leases `replica` holds."""
-        return len(self._held.get(replica, ()))
-
     def leases_of(self, replica: str) -> list[Lease]:
         """What `replica` holds, oldest first."""
         return list(self._held.get(replica, {}).values())
+
+    def num_held(self, replica: str) -> int:
+        """How many leases `replica` holds."""
+        return len(self._held.get(replica, ()))
 
     def commit(self, lease: Lease) -> None:
         """Settle a lease whose attempt is committed; a rival ends with it.

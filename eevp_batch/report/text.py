@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eevp_batch.report.forecast import Forecast
+from eevp_batch.report.scaling import Prediction
 from eevp_batch.report.summary import JobSummary, Sample
 from eevp_batch.row_counts import SlowRow
 from eevp_batch.storage.status import Status
@@ -131,6 +132,21 @@ def render_forecast(forecast: Forecast, width: int) -> str:
     if counts.lengths:
         blocks.append("rows by prompt tokens\n" + histogram(counts.buckets, width))
     return "\n\n".join(blocks)
+
+
+def render_predictions(predictions: Sequence[Prediction]) -> str:
+    """How long a job takes, one line for each number of replicas.
+
+    Args:
+        predictions: of the same job.
+    """
+    lines = [
+        f"  {found.replicas:8} | {duration(found.total_s):>12} | {duration(found.start_s):>12} | "
+        f"{duration(found.work_s):>12} | {duration(found.drain_s + found.verify_s):>12}"
+        for found in predictions
+    ]
+    head = f"  {'replicas':>8} | {'in all':>12} | {'start':>12} | {'work':>12} | {'its end':>12}"
+    return "\n".join([head, *lines])
 
 
 def histogram(counts: Mapping[str, int], width: int) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ from eevp_batch.storage.commit_record import (
 from eevp_batch.storage.ids import ids_digest
 from eevp_batch.storage.lock import HeldLock
 from eevp_batch.storage.plan import Chunk, Plan
+from eevp_batch.storage.read_ahead import read_ahead
 from eevp_batch.storage.store import Store, is_temporary
 from eevp_batch.storage.verify import verify_parts
 
@@ -111,19 +113,21 @@ class Committer:
         return record
 
     def records(self) -> Iterator[CommitRecord]:
-        """The chunks' own records in chunk order, read one at a time."""
-        for chunk in self.plan.chunks:
-            record = read_record(self.store, chunk.chunk_id)
-            if record is not None:
-                yield record
+        """The chunks' own records in chunk order, a few of them in memory at a time."""
+        ids = (chunk.chunk_id for chunk in self.plan.chunks)
+        found = read_ahead(ids, partial(read_record, self.store), self.store.reads_at_once)
+        return (record for record in found if record is not None)
 
     def chunks(self) -> Iterator[CommittedChunk]:
-        """The committed chunks with their patches, in order, read one at a time."""
-        patches = patch_counts(self.store)
-        for chunk in self.plan.chunks:
-            found = read_committed(self.store, chunk.chunk_id, patches[chunk.chunk_id])
-            if found is not None:
-                yield found
+        """The committed chunks with their patches, in order, a few of them in memory at a time."""
+        done, patches = self.committed(), patch_counts(self.store)
+
+        def read(chunk_id: int) -> CommittedChunk | None:
+            return read_committed(self.store, chunk_id, patches[chunk_id])
+
+        ids = (chunk.chunk_id for chunk in self.plan.chunks if chunk.chunk_id in done)
+        found = read_ahead(ids, read, self.store.reads_at_once)
+        return (chunk for chunk in found if chunk is not None)
 
     def totals(self) -> ChunkStats:
         """The counters of all committed chunks."""
@@ -200,10 +204,12 @@ class Committer:
         if path is None:
             # An earlier attempt of this chunk may have been published and never recorded.
             self.store.delete(part, missing_ok=True)
-        elif self.store.exists(path):
+            return
+        try:
             self.store.publish(path, part)
-        elif not self.store.exists(part) or self.store.sha256(part) != sha256:
-            raise JobFailedError(f"{self.store.text}: attempt file {path} is gone")
+        except FileNotFoundError:
+            if not self.store.exists(part) or self.store.sha256(part) != sha256:
+                raise JobFailedError(f"{self.store.text}: attempt file {path} is gone") from None
 
     def _remove_attempts(self) -> None:
         """Remove what dead replicas began or nobody took."""

@@ -27,6 +27,8 @@ class LocalStore(Store):
     """A folder on a local disk (or a mounted one, shared by machines or not)."""
 
     creates_atomically = True
+    appends_cheaply = True
+    reads_at_once = 1
 
     def names(self, rel_dir: str) -> Iterator[str]:
         """See `Store.names`; entries are streamed."""

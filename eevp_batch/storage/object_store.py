@@ -15,6 +15,7 @@ ignores it would let two coordinators create one name, and only the lock would k
 
 from __future__ import annotations
 
+import contextlib
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -37,11 +38,20 @@ class ObjectStore(Store):
     """A prefix in a bucket."""
 
     creates_atomically = True
+    reads_at_once = 32
 
     def publish(self, src: str, dst: str) -> None:
         """See `Store.publish`; `src` is deleted once `dst` is whole."""
         self._try(f"copying {src} to {dst}", lambda: self._copy(src, dst))
         self.delete(src, missing_ok=True)
+
+    def delete(self, rel: str, missing_ok: bool = False) -> None:
+        """See `Store.delete`; without a look first, where nothing depends on it."""
+        if not missing_ok:
+            super().delete(rel)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._try(f"deleting {rel}", lambda: self._remove(rel))
 
     def _write(self, rel: str, data: bytes) -> None:
         self._put(rel, data)

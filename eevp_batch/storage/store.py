@@ -44,11 +44,15 @@ class Store:
         text: the path or URI that was opened, for messages and for opening it again.
         creates_atomically: whether of two that create one name at once exactly one succeeds. Where
             not (HDFS through pyarrow), only the lock keeps a second coordinator away.
+        appends_cheaply: whether `append_line` adds to a file, instead of making a new one.
+        reads_at_once: how many small files to read at a time when many are to be read.
         patience: how long a failing operation is tried again.
         lock_times: how often the holder of a lock is heard of.
     """
 
     creates_atomically = False
+    appends_cheaply = False
+    reads_at_once = 8
 
     def __init__(self, filesystem: Any, root: str, text: str | None = None) -> None:
         self.filesystem = filesystem
@@ -150,7 +154,7 @@ class Store:
         """Lines written by `append_line`, oldest first; none when there are none."""
         folder = f"{rel}.d"
         for name in self.list(folder):
-            yield self.read(f"{folder}/{name}").decode("utf-8", "replace")
+            yield from self.read(f"{folder}/{name}").decode("utf-8", "replace").split("\n")
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class Store:
             raise FileNotFoundError(f"{self.text}: no file {rel}")
 
     def append_line(self, rel: str, text: str) -> None:
-        """Append one line; an answer that is lost may double it."""
+        """Append one line, or several at once; an answer that is lost may double them."""
         self._try(f"appending to {rel}", partial(self._append, rel, text.rstrip("\n").encode()))
 
     def settle(self, rel_dir: str) -> None:

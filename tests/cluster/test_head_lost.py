@@ -106,7 +106,7 @@ def test_the_head_of_a_cluster_dies_and_the_job_goes_on_elsewhere(tmp_path: Path
     )
     try:
         cluster.add_node(num_cpus=1)
-        driver = Driver(tmp_path, SLOW, {**LONG, "address": cluster.address})
+        driver = Driver(tmp_path, SLOW, {**LONG, "cluster": {"address": cluster.address}})
         driver.until_committed(3)
         cluster.head_node.kill_gcs_server()
         assert_ended_for_it(driver)

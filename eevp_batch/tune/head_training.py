@@ -25,6 +25,8 @@ TARGETS = (0.98, 0.99, 0.995)
 """Agreements at which figures are given."""
 WHITENING_FLOOR = 0.1
 """Share of the mean variance that every direction gets before it is whitened."""
+GOOD_ENOUGH = 0.98
+"""Share that leaves at the target agreement from which on a head is not trained any further."""
 OnStep = Callable[[int, int], None]
 """Told how many steps are done, and of how many."""
 
@@ -95,6 +97,8 @@ def fit_head(
     curve = [{"epoch": 0.0, "leaving": most[0], "agreement": most[1]}]
     trainer, waited = _Trainer(model, head, tokens, settings, on_step), 0
     for epoch in range(1, settings.epochs + 1):
+        if most[0] >= GOOD_ENOUGH:
+            break
         loss = trainer.epoch()
         current = trainer.head()
         found, worth = _judge(model, current, held_out, settings)

@@ -117,6 +117,7 @@ def test_a_start_worse_than_the_logit_lens_is_not_taken(model: SegmentedModel) -
     bad = Affine(torch.randn(model.hidden_size, model.hidden_size), torch.zeros(model.hidden_size))
     fit = fit_head(model, bad, tokens, tokens, HeadSettings(epochs=1, learning_rate=1e-6))
     assert fit.start == "lens" and agreement(fit.choices, tokens.best_ids) == 1.0
+    assert len(fit.curve) == 1, "it was trained although there is nothing to gain"
 
 
 def test_the_share_that_leaves_counts_the_most_confident_first() -> None:

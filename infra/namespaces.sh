@@ -129,16 +129,23 @@ for node in "${NODES[@]}" laptop; do
 done
 
 say "ray start on three nodes, with a token"
+STARTED=()
 start_ray() {
+  mkdir -p "$WORK/$1"
   enter "$1" ray start --node-ip-address="$2" --num-cpus=1 --object-store-memory=100000000 \
     --disable-usage-stats --block "${@:3}" >"$WORK/$1/ray.log" 2>&1 &
+  STARTED+=($!)
 }
-for node in "${NODES[@]}"; do mkdir -p "$WORK/$node"; done
+# Until so many nodes live; a node that does not start ends the script, with what it said.
+wait_for_nodes() {
+  on_laptop "$PYTHON" "$ROOT/infra/namespaces_facts.py" wait-for-cluster \
+    "http://$NET.1:$PORT" "$1" "${STARTED[@]}" || { tail -n 20 "$WORK"/*/ray.log && exit 1; }
+}
 start_ray head "$NET.1" --head --port=6379 --dashboard-host="$NET.1" --dashboard-port="$PORT"
-on_laptop "$PYTHON" "$ROOT/infra/namespaces_facts.py" wait-for-cluster "http://$NET.1:$PORT" 1
+wait_for_nodes 1
 start_ray worker1 "$NET.2" --address="$NET.1:6379"
 start_ray worker2 "$NET.3" --address="$NET.1:6379"
-on_laptop "$PYTHON" "$ROOT/infra/namespaces_facts.py" wait-for-cluster "http://$NET.1:$PORT" 3
+wait_for_nodes 3
 
 cp "$ROOT"/jobs/prompts/*.parquet "$LAPTOP/prompts/"
 cat >"$LAPTOP/job.yaml" <<JOB

@@ -1,6 +1,6 @@
 """What `namespaces.sh` waits for and reports: the cluster's nodes, and events of a job's output.
 
-namespaces_facts.py wait-for-cluster URL NODES    until so many nodes live
+namespaces_facts.py wait-for-cluster URL NODES PID..    until so many nodes live
 namespaces_facts.py wait-for-middle OUT           until three replicas work and chunks are done
 namespaces_facts.py report OUT CUT_UNIX_S         what the cut cost
 """
@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ _REPLICAS, _CHUNKS = 3, 4
 def main(what: str, *arguments: str) -> None:
     """Do one of the three."""
     if what == "wait-for-cluster":
-        _wait_for(f"{arguments[1]} node(s)", lambda: _living(arguments[0]) >= int(arguments[1]))
+        url, nodes, *pids = arguments
+        _wait_for(f"{nodes} node(s)", lambda: _living(url, pids) >= int(nodes))
     elif what == "wait-for-middle":
         _wait_for("the middle of the job", lambda: _is_in_middle(_events(arguments[0])))
     else:
@@ -40,8 +41,10 @@ def _wait_for(what: str, condition: Callable[[], bool]) -> None:
     print(f"{what}: there")
 
 
-def _living(url: str) -> int:
-    """How many nodes of a cluster live."""
+def _living(url: str, pids: Sequence[str]) -> int:
+    """How many nodes of a cluster live, whose processes were started with these ids."""
+    if not all(Path("/proc", pid).exists() for pid in pids):
+        sys.exit("a node has not come up")
     headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
     request = urllib.request.Request(f"{url}/api/v0/nodes?limit=100", headers=headers)
     try:

@@ -8,6 +8,7 @@ output are in the metadata that its driver joins with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from ray._private.ray_constants import KV_NAMESPACE_JOB
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from eevp_batch.cluster.progress import Progress
@@ -28,12 +30,11 @@ class JobPage:
 
     Args:
         metadata: what else is to stand there.
-        submission_id: by default that of this process; None where it was not submitted.
     """
 
-    def __init__(self, metadata: dict[str, str], submission_id: str | None = None) -> None:
+    def __init__(self, metadata: dict[str, str]) -> None:
         self._metadata = metadata
-        found = own_submission_id() if submission_id is None else submission_id
+        found = own_submission_id()
         self._key = (
             None if found is None else JobInfoStorageClient.JOB_DATA_KEY.format(job_id=found)
         )
@@ -45,14 +46,18 @@ class JobPage:
         if self._key is None or now_s < self._due_s:
             return
         self._due_s = now_s + TELL_EVERY_S
+        with contextlib.suppress(RayError):  # whether Ray still lives is found out elsewhere
+            self._write(self._key, describe(progress))
+
+    def _write(self, key: str, text: str) -> None:
         # Ray declares bytes, and gives None where there is no such key.
-        entry: bytes | None = _internal_kv_get(self._key, namespace=KV_NAMESPACE_JOB)
+        entry: bytes | None = _internal_kv_get(key, namespace=KV_NAMESPACE_JOB)
         if not entry:
             return
-        changed = updated(json.loads(entry), describe(progress), self._metadata)
+        changed = updated(json.loads(entry), text, self._metadata)
         if changed is not None:
-            text = json.dumps(changed)
-            _internal_kv_put(self._key, text, overwrite=True, namespace=KV_NAMESPACE_JOB)
+            value = json.dumps(changed)
+            _internal_kv_put(key, value, overwrite=True, namespace=KV_NAMESPACE_JOB)
 
 
 def updated(entry: dict[str, Any], text: str, metadata: dict[str, str]) -> dict[str, Any] | None:

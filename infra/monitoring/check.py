@@ -202,12 +202,6 @@ def get(url: str, path: str) -> dict[str, Any]:
     return dict(found)
 
 
-def get_list(url: str, path: str) -> list[dict[str, Any]]:
-    """What a server answers that answers with a list."""
-    with urllib.request.urlopen(url + path, timeout=60) as answer:
-        return list(json.load(answer))
-
-
 def check_files() -> None:
     """Let promtool read configuration and rules."""
     for what, path in (("config", CONFIG), ("rules", ALERTS)):

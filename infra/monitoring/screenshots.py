@@ -4,7 +4,7 @@
 
 Needs a `chromium` and a `prometheus` (`apt-get install chromium prometheus`) and the test extra.
 Submits jobs/corpus.yaml to a Ray of its own, as check.py does, and writes PNG files into FOLDER:
-the list of jobs, the job's page, the list of actors, and our metrics in Prometheus. Fails where a
+the list of jobs, the page of this one, the list of actors, our metrics in Prometheus. Fails where a
 name of ours is not on the page that should have it.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -20,7 +21,11 @@ from pathlib import Path
 
 import check
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # of the job's Ray, and for us, who ask it
 sys.path.insert(0, str(check.ROOT))
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray.job_submission import JobSubmissionClient
+
 from tests.report.browser import Browser
 
 WIDTH, HEIGHT = 1500, 1000
@@ -34,32 +39,47 @@ DRAWN_S = 3.0
 """What a page that has its data may take to draw it."""
 
 
-def shows(text: str) -> str:
-    """An expression: the page's text has this in it."""
-    return f"document.body !== null && document.body.innerText.includes({json.dumps(text)})"
+def wait_for(browser: Browser, text: str) -> None:
+    """Until the page has this text.
+
+    Raises:
+        CheckError: it never had it.
+    """
+    shown = f"document.body !== null && document.body.innerText.includes({json.dumps(text)})"
+    until = time.monotonic() + check.PATIENCE_S
+    while not browser.evaluate(shown):
+        if time.monotonic() > until:
+            page = browser.evaluate("document.body.innerText")
+            raise check.CheckError(f"no {text!r} in {page}")
+        time.sleep(0.5)
 
 
 def pictures_of_ray(browser: Browser, url: str, folder: Path) -> None:
     """The dashboard's pages on the job and its replicas."""
     (job,) = [
-        job for job in check.get_list(url, "/api/jobs/") if job["metadata"]["job_name"] == JOB
+        job
+        for job in JobSubmissionClient(url).list_jobs()
+        if (job.metadata or {}).get("job_name") == JOB
     ]
-    print(f"metadata of the job: {job['metadata']}")
+    print(f"metadata of the job: {job.metadata}")
+    # Ray asks a person for the token once.
+    headers = get_auth_headers_if_auth_enabled({})
+    browser.page("Network.setExtraHTTPHeaders", headers=headers)
     browser.visit(f"{url}/#/jobs", WIDTH, HEIGHT)
-    browser.wait_for(shows(JOB))
+    wait_for(browser, JOB)
     picture(browser, folder / "jobs.png")
-    browser.visit(f"{url}/#/jobs/{job['job_id']}", WIDTH, HEIGHT)
-    browser.wait_for(shows("generate a chunk"))
+    browser.visit(f"{url}/#/jobs/{job.job_id}", WIDTH, HEIGHT)
+    wait_for(browser, "generate a chunk")
     picture(browser, folder / "job.png")
     browser.visit(f"{url}/#/actors", WIDTH, HEIGHT)
     for replica in REPLICAS:
-        browser.wait_for(shows(f"{JOB}/{replica}"))
+        wait_for(browser, f"{JOB}/{replica}")
     picture(browser, folder / "actors.png")
 
 
 def pictures_of_prometheus(browser: Browser, url: str, folder: Path) -> None:
     """Our metrics, drawn by Prometheus' own page."""
-    wanted = check.Query("rows over some time", "count_over_time(ray_eevp_rows[5m]) > 8")
+    wanted = check.Query("some minutes", "count_over_time(ray_eevp_tokens_total[5m]) > 20")
     until = time.monotonic() + check.PATIENCE_S
     while not wanted.series and time.monotonic() < until:
         check.ask(url, wanted)
@@ -67,7 +87,7 @@ def pictures_of_prometheus(browser: Browser, url: str, folder: Path) -> None:
     query = {
         f"g{place}.{key}": value
         for place, expr in enumerate(GRAPHS)
-        for key, value in (("expr", expr), ("tab", "0"), ("range_input", "5m"), ("stacked", "1"))
+        for key, value in (("expr", expr), ("tab", "0"), ("range_input", "2m"), ("stacked", "1"))
     }
     browser.visit(f"{url}/graph?{urllib.parse.urlencode(query)}", WIDTH, HEIGHT)
     time.sleep(DRAWN_S)
@@ -95,8 +115,8 @@ def main() -> None:
                 check.running_prometheus(Path(name), running.targets) as prometheus,
                 contextlib.closing(Browser(Path(name))) as browser,
             ):
-                pictures_of_prometheus(browser, prometheus, folder)
                 pictures_of_ray(browser, running.dashboard_url, folder)
+                pictures_of_prometheus(browser, prometheus, folder)
         except check.CheckError as error:
             sys.exit(f"failed: {error}")
 

@@ -341,9 +341,7 @@ def _load(
     # Imported in the replica only: the driver needs no torch.
     from eevp_batch.cluster.engines import load_engines
 
-    return load_engines(
-        spec, model, plan, store_text, resources.num_threads, resources.num_gpus
-    )
+    return load_engines(spec, model, plan, store_text, resources.num_threads, resources.num_gpus)
 
 
 def _print_message(text: str) -> None:

@@ -70,11 +70,12 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def has_all_of(self, model: nn.Module) -> bool:
+    def has_all_of(self, model: PreTrainedModel) -> bool:
         """Whether each parameter of the model is here, under its own name and in its shape."""
         return all(
             self._shapes.get(name) == tuple(parameter.shape)
-            for name, parameter in model.named_parameters()  # tied ones once, as they are stored
+            for name, parameter in model.named_parameters()
+            if name != _HEAD or not is_tied(model)
         )
 
 

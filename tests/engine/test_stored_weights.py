@@ -1,0 +1,95 @@
+"""Weights that stay in their files: the same model, read piece by piece."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from eevp_batch.engine.load import build_engine, load_weights
+from eevp_batch.engine.stored_weights import INDEX_FILE, SINGLE_FILE, present, settle, skeleton
+from eevp_batch.errors import ModelError
+from eevp_batch.model_config import read_model_config
+from eevp_batch.records import Prompt
+from eevp_batch.spec import EngineSpec, ExitSpec, ModelSpec, SamplingSpec, VocabSpec
+from tests.engine.conftest import load_model, make_engine, run
+from tests.tiny_models import save_model
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_parameters_are_there_while_they_are_looked_at(any_tiny_model: Path) -> None:
+    model = skeleton(str(any_tiny_model), torch.float32, CPU)
+    assert model is not None and {p.device for p in model.parameters()} == {META}
+    expected = load_model(any_tiny_model)
+    layers = zip(model.model.layers, expected.model.layers, strict=True)
+    for module, whole in [*layers, (model.lm_head, expected.lm_head)]:
+        with present(module):
+            for (name, found), (_, there) in zip(
+                module.named_parameters(), whole.named_parameters(), strict=True
+            ):
+                assert torch.equal(found, there), name
+    assert {p.device for p in model.parameters()} == {META}, "and gone afterwards"
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids).logits, expected(ids).logits), "it can be called as a whole"
+    settle(model, CPU)
+    assert {p.device for p in model.parameters()} == {CPU}
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("proposal", ["full", "int8", "low_rank"])
+def test_an_engine_of_stored_weights_gives_the_same(
+    any_tiny_model: Path, prompts: list[Prompt], proposal: str
+) -> None:
+    if proposal == "int8" and not torch.cpu._is_vnni_supported():
+        pytest.skip("8-bit products are not exact here")
+    spec = ModelSpec(path=str(any_tiny_model), dtype="float32")
+    weights = load_weights(spec, read_model_config(spec))
+    assert {p.device for p in weights.parameters()} == {META}, "nothing is read yet"
+    vocab = VocabSpec(top_k=32, proposal=proposal)  # type: ignore[arg-type]
+    engine = build_engine(
+        weights,
+        AutoTokenizer.from_pretrained(any_tiny_model),
+        ExitSpec(layers=[2, 4], threshold=0.3, vocab=vocab),
+        SamplingSpec(max_new_tokens=20),
+        EngineSpec(max_batch=5, max_resident=15),
+    )
+    settings = {"layers": [2, 4], "vocab": {"proposal": proposal}}
+    expected = run(make_engine(any_tiny_model, **settings), prompts)
+    found = run(engine, prompts)
+    assert all(found[key].exits == generation.exits for key, generation in expected.items())
+
+
+def test_several_files_and_another_number_type(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    (tmp_path / SINGLE_FILE).unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: tensors[name] for name in part}, tmp_path / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (tmp_path / INDEX_FILE).write_text(index)
+    model = skeleton(str(tmp_path), torch.bfloat16, CPU)
+    assert model is not None
+    with present(model.lm_head):
+        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"].bfloat16())
+
+
+def test_what_is_stored_otherwise_is_left_to_transformers(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    file = tmp_path / SINGLE_FILE
+    renamed = {name.removeprefix("model."): t for name, t in load_file(file).items()}
+    save_file(renamed, file, {"format": "pt"})
+    assert skeleton(str(tmp_path), torch.float32, CPU) is None
+    file.write_bytes(file.read_bytes()[:-4])
+    spec = ModelSpec(path=str(tmp_path))
+    config = read_model_config(ModelSpec(path=str(save_model("llama", tmp_path / "whole"))))
+    with pytest.raises(ModelError, match="weights cannot be loaded"):
+        load_weights(spec, replace(config, path=str(tmp_path)))

@@ -12,7 +12,7 @@ rows of a chunk are committed as the one part that was planned; where a run ends
 next one begins with the whole chunk.
 
 Bounds within one run, where replicas die of nothing else, for a chunk of n rows of which k kill
-(A = `row_deaths`):
+(A = `row_deaths`); copies of a chunk (`stragglers`) come on top, and suspects are never copied:
 
 - deaths: at most SUSPECT_AFTER + k (ceil(log2 n) + A);
 - runs of a row that does not kill: at most SUSPECT_AFTER + ceil(log2 n) + 1;

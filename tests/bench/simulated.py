@@ -171,6 +171,7 @@ class SimulatedFleet:
         turns: for each wait, processor seconds of the coordinator after it and outcomes that came.
         starved_s: seconds, over all replicas that were ready, without a chunk to work on.
         ready_s: seconds, over all replicas, of being ready.
+        began_s: when half of the replicas had come up.
         late_s: for each attempt, seconds until the coordinator took it.
     """
 
@@ -199,6 +200,7 @@ class SimulatedFleet:
         self.turns: list[tuple[float, int]] = []
         self.late_s: list[float] = []
         self.starved_s = self.ready_s = 0.0
+        self.began_s: float | None = None
 
     # --- what the coordinator calls ------------------------------------------------------------
 
@@ -290,6 +292,8 @@ class SimulatedFleet:
             return Outcome(slot, "process", lost="preempted")
         if call == "ready":
             self._ready_at_s[slot.index] = self._free_s[slot.index] = now_s
+            if self.began_s is None and 2 * sum(map(bool, self._ready_at_s)) >= len(self.slots):
+                self.began_s = now_s
             resident = self._behaviour.max_resident
             return Outcome(slot, call, value=ReplicaReady(1, "node", resident, 60.0, {}))
         if call == "progress":

@@ -170,7 +170,7 @@ class Simulation:
             fleet.close()
         cpu_s = time.process_time() - cpu_s
         requests = self.store.requests - requests
-        working_s = self.clock.now_s - 1.5 * self.behaviour.start_s
+        working_s = self.clock.now_s - (fleet.began_s or 0.0)
         busy_s = sum(seconds for seconds, _ in fleet.turns)
         return {
             "virtual_s": self.clock.now_s,

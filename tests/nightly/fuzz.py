@@ -1,18 +1,21 @@
 """Damaged and hostile inputs to everything that reads what others wrote.
 
 Every case ends in a result or in one of our own errors; any other exception ends the command, with
-the smallest case that shows it. Prints what became of the cases, and the memory that they took.
+the smallest case that shows it. Each target runs in a process of its own. Prints what became of the
+cases, and the CPU time and memory that they took.
 
-Usage: python -m tests.nightly.fuzz [--cases 100000] [--seed 0] [--only NAME]
+Usage: python -m tests.nightly.fuzz [--cases 100000] [--seed 0] [--only NAME] [--jobs 2]
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import time
 from collections import Counter
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -22,6 +25,14 @@ from tests.nightly.targets import Target, all_targets
 _PER_ROUND = 2000  # hypothesis remembers the cases of a round
 MAX_MEMORY_BYTES = 12 << 30
 """Of address space; what is really used is printed."""
+
+
+class Tried(NamedTuple):
+    """What became of a target's cases."""
+
+    outcomes: Counter[str]
+    cpu_s: float
+    peak_bytes: int
 
 
 def fuzz(target: Target, num_cases: int, first_seed: int) -> Counter[str]:
@@ -60,30 +71,39 @@ def _round(target: Target, num_cases: int, round_seed: int, outcomes: Counter[st
     one()
 
 
+def _try(name: str, num_cases: int, first_seed: int) -> Tried:
+    """Fuzz one target, in a process that does nothing else."""
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    (target,) = (target for target in all_targets() if target.name == name)
+    start_s = time.process_time()
+    outcomes = fuzz(target, num_cases, first_seed)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return Tried(outcomes, time.process_time() - start_s, peak)
+
+
 def main() -> None:
     """Fuzz every target, each with its share of the cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of a target's name")
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    targets = [target for target in all_targets() if options.only in target.name]
-    total = Counter[str]()
-    print(
-        "| read | cases | CPU seconds | peak memory, MiB | what they gave |\n|---|---|---|---|---|"
-    )
-    for target in targets:
-        share = -(-options.cases * target.weight // sum(each.weight for each in targets))
-        start_s = time.process_time()
-        outcomes = fuzz(target, share, options.seed)
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        gave = ", ".join(f"{name} {count:,}" for name, count in outcomes.most_common())
-        seconds = time.process_time() - start_s
-        num = outcomes.total()
-        print(f"| {target.name} | {num:,} | {seconds:.0f} | {peak_mib:,} | {gave} |", flush=True)
-        total.update({target.name: num})
-    print(f"\n{total.total():,} cases, seed {options.seed}: each gave a result or our own error")
+    weights = {t.name: t.weight for t in all_targets() if options.only in t.name}
+    shares = {n: -(-options.cases * w // sum(weights.values())) for n, w in weights.items()}
+    context = multiprocessing.get_context("spawn")
+    total = 0
+    print("| read | cases | CPU seconds | peak memory, MiB | what they gave |")
+    print("|---|---|---|---|---|")
+    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as pool:
+        running = {n: pool.submit(_try, n, share, options.seed) for n, share in shares.items()}
+        for name, future in running.items():
+            found = future.result()
+            gave = ", ".join(f"{word} {count:,}" for word, count in found.outcomes.most_common())
+            num, peak_mib = found.outcomes.total(), found.peak_bytes >> 20
+            print(f"| {name} | {num:,} | {found.cpu_s:.0f} | {peak_mib:,} | {gave} |", flush=True)
+            total += num
+    print(f"\n{total:,} cases, seed {options.seed}: each gave a result or our own error")
 
 
 if __name__ == "__main__":

@@ -86,20 +86,8 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("run: {chunk_rows: 1.0}", 1, "run.chunk_rows", "1.0", "an integer, at least 1"),
     ("run: {max_error_rate: 1.5}", 1, "run.max_error_rate", "1.5", "at most 1"),
     ("engine: {kv_memory: 2GB}", 1, "engine.kv_memory", '"2GB"', "2GiB or 512MiB"),
-    (
-        "cluster: {gpus_per_replica: 1.5}",
-        1,
-        "cluster.gpus_per_replica",
-        "1.5",
-        "a share of one GPU, or a whole number",
-    ),
-    (
-        "exit: {mode: learn}\ncluster: {gpus_per_replica: 2}",
-        2,
-        "cluster.gpus_per_replica",
-        "2.0",
-        "at most 1 where exit.mode is learn",
-    ),
+    ("cluster: {gpus_per_replica: 1.5}", 1, "cluster.gpus_per_replica", "1.5", "a whole number"),
+    ("exit: {mode: learn}\ncluster: {gpus_per_replica: 2}", 2, "cluster.gpus_per_replica", "2", ""),
     ("cluster: {cpus_per_replica: 0}", 1, "cluster.cpus_per_replica", "0", "more than 0"),
     (
         "prompt: {on_overlong: drop}",

@@ -88,7 +88,8 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 SHARED="$WORK/shared" LAPTOP="$WORK/laptop" OUT="$WORK/shared/out"
 mkdir -p "$SHARED/model" "$LAPTOP/prompts" /tmp/ray
-export PATH="$(dirname "$PYTHON"):$PATH" RAY_USAGE_STATS_ENABLED=0 PYTHONDONTWRITEBYTECODE=1
+PATH="$(dirname "$PYTHON"):$PATH"
+export PATH RAY_USAGE_STATS_ENABLED=0 PYTHONDONTWRITEBYTECODE=1
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN="$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')"
 

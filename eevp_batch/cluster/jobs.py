@@ -197,7 +197,8 @@ class _Run:
         if self.retry is not None:
             patches = {p.chunk_id: p for p in find_patches(self.committer, self.retry)}
             if not patches:
-                self.on_message(f"no row in error{_of(self.retry)} is there to be tried again")
+                of = f" of class {' or '.join(self.retry)}" if self.retry else ""
+                self.on_message(f"no row in error{of} is there to be tried again")
             return Backlog.retry(self.plan, patches, max_attempts)
         to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
         return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)
@@ -344,10 +345,6 @@ class _Run:
             events.write(
                 event, reason=reason, chunks_committed=committed, wall_s=round(self._wall_s, 3)
             )
-
-
-def _of(classes: Sequence[str]) -> str:
-    return f" of class {' or '.join(classes)}" if classes else ""
 
 
 def _print_message(text: str) -> None:

@@ -176,7 +176,7 @@ def main() -> None:
     found = measure(chosen)
     for name, value in found.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"asked for: highest_to_model at most {LIMIT}")
+    print(f"asked for, the process itself included: highest_to_model at most {LIMIT}")
     if chosen.out:
         kept = {name: getattr(chosen, name) for name in ("shape", "stored", "dtype", "proposal")}
         result = {"setup": machine.setup() | kept | {"exits_off": chosen.exits_off}, **found}

@@ -170,6 +170,19 @@ class Simulation:
             fleet.close()
         cpu_s = time.process_time() - cpu_s
         requests = self.store.requests - requests
+        return self._times(fleet) | {
+            "cpu_s": cpu_s,
+            "replica_deaths": driver.recoveries.replica_deaths,
+            "requests_per_chunk": {
+                kind: count / len(self.plan.chunks) for kind, count in sorted(requests.items())
+            },
+            "plan_mib": self.plan_mib,
+            # The bucket is in this process: its contents are taken off, its names are not.
+            "grown_mib": rss_mib() - before_mib - (self.store.num_bytes - bytes_before) / 2**20,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+    def _times(self, fleet: SimulatedFleet) -> dict[str, Any]:
         working_s = self.clock.now_s - (fleet.began_s or 0.0)
         busy_s = sum(seconds for seconds, _ in fleet.turns)
         return {
@@ -183,15 +196,6 @@ class Simulation:
             "outcomes": sum(count for _, count in fleet.turns),
             "coordinator_share": busy_s / self.clock.now_s,
             "storage_share": self.store.waited_s / self.clock.now_s,
-            "cpu_s": cpu_s,
-            "replica_deaths": driver.recoveries.replica_deaths,
-            "requests_per_chunk": {
-                kind: count / len(self.plan.chunks) for kind, count in sorted(requests.items())
-            },
-            "plan_mib": self.plan_mib,
-            # The bucket is in this process: its contents are taken off, its names are not.
-            "grown_mib": rss_mib() - before_mib - (self.store.num_bytes - bytes_before) / 2**20,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 
     def afterwards(self) -> dict[str, Any]:

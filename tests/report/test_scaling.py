@@ -90,6 +90,7 @@ def test_a_plan_says_how_long_it_takes_at_the_pace_of_a_finished_job(
     pq.write_table(pa.table(rows), tmp_path / "in.parquet")
     job = tmp_path / "job.yaml"
     text = f"input: {{path: in.parquet}}\nmodel: {{path: {tiny_llama}}}\noutput: {{path: new}}\n"
+    text += "sampling: {max_new_tokens: 8}\n"
     job.write_text(text + "cluster: {replicas: 3}\nrun: {chunk_rows: 4}\n")
     command = ["plan", str(job), "--from", str(tmp_path / "out")]
     missing = CliRunner().invoke(main, command)

@@ -146,6 +146,12 @@ def _entropy(
     return entropy - torch.where(log_outside.isinf(), 0.0, spread)
 
 
+def _by_depth(thresholds: float | list[float], early: Sequence[int]) -> dict[int, float]:
+    """The threshold of each exit before the last; of none where exits are off."""
+    each = thresholds if isinstance(thresholds, list) else [thresholds] * len(early)
+    return dict(zip(early, each, strict=False))
+
+
 def _is_gathering_cheaper(weight: torch.Tensor, k: int, max_batch: int) -> bool:
     """Whether scoring K ids one by one costs less than a product with the head [V, E]."""
     if gathers_natively(weight):
@@ -191,11 +197,8 @@ class ExitRule:
         self._device, self._vocab_size = weight.device, weight.shape[0]
         self._exit_layers, self._last = exit_layers, len(exit_layers) - 1
         self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
-        thresholds = exits.threshold
         early = [depth for depth in range(self._last) if depth not in borders]
-        if not isinstance(thresholds, list):
-            thresholds = [thresholds] * len(early)
-        self._thresholds = dict(zip(early, thresholds, strict=False))  # none where exits are off
+        self._thresholds = _by_depth(exits.threshold, early)
         self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
         self._k = min(exits.vocab.top_k or self._vocab_size, self._vocab_size)
         if self._k < len(self._always):

@@ -148,10 +148,7 @@ class _Run:
             return self._run(interrupts)
         except KeyboardInterrupt:
             raise self._interrupted() from None
-        except EevpError as error:
-            self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
-            raise
-        except OSError as error:
+        except (EevpError, OSError) as error:
             self._write_end("job_failed", reason=f"{type(error).__name__}: {error}")
             raise
 
@@ -197,8 +194,8 @@ class _Run:
         if self.retry is not None:
             patches = {p.chunk_id: p for p in find_patches(self.committer, self.retry)}
             if not patches:
-                of = f" of class {' or '.join(self.retry)}" if self.retry else ""
-                self.on_message(f"no row in error{of} is there to be tried again")
+                kind = f" of class {' or '.join(self.retry)}" if self.retry else ""
+                self.on_message(f"no row in error{kind} is there to be tried again")
             return Backlog.retry(self.plan, patches, max_attempts)
         to_do = (chunk_id for chunk_id in phases.order() if chunk_id not in done)
         return Backlog(self.plan, to_do, len(self.plan.chunks) - len(done), max_attempts)

@@ -77,7 +77,7 @@ def run_demo(folder: Path, replicas: int, rows: int) -> Progress:
     return found[-1]
 
 
-RUNS = {"sleep": (run_sleep, 800), "demo": (run_demo, 192)}
+RUNS = {"sleep": (run_sleep, 400), "demo": (run_demo, 192)}
 
 
 def measure(kind: str, replicas: int, rows: int) -> dict[str, Any]:

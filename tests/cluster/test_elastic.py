@@ -87,4 +87,4 @@ def test_a_job_begins_with_fewer_and_fails_below_its_least(
     job.spec = job.spec.model_copy(update={"cluster": limits})
     result = job.run(Script())
     assert result.totals.rows_ok == 400, "the same job goes on, on one replica of three"
-    assert len(job.events("replica_ready")) == 2, "one in each run"
+    assert len(job.events("replica_placed")) == 2, "one in each run"

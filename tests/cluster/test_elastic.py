@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ def cluster() -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        del cluster
+        with warnings.catch_warnings():  # Ray's nodes leave sockets and processes unclosed
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 def drain(node_id: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eevp_batch.cluster import coordinator, jobs, stragglers
+from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.cluster.stragglers import Straggler
 from eevp_batch.errors import JobFailedError
 from eevp_batch.spec import JobSpec
@@ -234,8 +234,8 @@ def scripted_ray(make_fleet: Callable[[int], ScriptedFleet]) -> Iterator[None]:
     """No Ray: in its place a fleet that follows a script."""
 
     @contextmanager
-    def local_ray(*arguments: Any) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(dashboard_url=None, tail=lambda pid: "")
+    def local_ray(*arguments: Any) -> Iterator[LocalRay]:
+        yield LocalRay()
 
     with (
         patch.object(jobs, "local_ray", local_ray),

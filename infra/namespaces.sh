@@ -152,6 +152,7 @@ cp "$ROOT"/jobs/prompts/*.parquet "$LAPTOP/prompts/"
 cat >"$LAPTOP/job.yaml" <<JOB
 name: cut-off
 input: {path: prompts/*.parquet, limit: $ROWS}
+prompt: {on_overlong: truncate_left}
 model: {path: $SHARED/model, dtype: float32}
 sampling: {max_new_tokens: 48}
 run: {chunk_rows: 8}

@@ -34,7 +34,7 @@ _CONNECT_S = 10.0
 _ANSWER_S = 60.0
 _LOG_CHARACTERS_PER_S = 200_000
 _STARTING, _STARTING_S = "No available agent", 120.0  # what a cluster that comes up answers
-_TELLING = ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")
+_TELLING = ("client_builder", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")
 _CERTIFICATES = "REQUESTS_CA_BUNDLE"
 _Answer = TypeVar("_Answer")
 
@@ -76,7 +76,8 @@ class JobServer:
     def __init__(self, address: str, patience_s: float = _CONNECT_S) -> None:
         self.address = address
         with self._told():
-            found = api_server(address, patience_s)
+            with _quiet():
+                found = api_server(address, patience_s)
             self.url, self.is_here = found.url, found.is_here
             _knock(self.url, patience_s)
             refuse_open_dashboard(self.url)
@@ -264,7 +265,7 @@ def without(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's client tells of every upload."""
+    """Ray's clients tell of every upload and connection."""
     loggers = [logging.getLogger(f"ray.{name}") for name in _TELLING]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

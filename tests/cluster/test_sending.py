@@ -51,6 +51,7 @@ def test_small_inputs_go_along_and_lie_in_the_output(tmp_path: Path) -> None:
     assert sent == f"inputs/{sent_name(source)}" and sent.endswith("-_.parquet")
     assert parcel.overrides[0] == f'input.path=["s3://b/out/_eevp/{sent}"]'
     assert parcel.has_inputs
+    (tmp_path / "sent").mkdir()
     parcel.write(tmp_path / "sent")
     assert (tmp_path / "sent" / sent).read_bytes() == source.read_bytes()
     assert (tmp_path / "sent" / "job.yaml").read_text() == (tmp_path / "job.yaml").read_text()

@@ -191,7 +191,7 @@ eevp logs -f "$RUN" >"$WORK/job.log" 2>&1 || { cat "$WORK/job.log" && exit 1; }
 
 say "what the cluster says of it, from the laptop"
 tail -n 20 "$WORK/job.log"
-eevp list --address "ray://$NET.1:10001"
+eevp list --address "http://$NET.1:$PORT"
 eevp status "$RUN"
 
 say "eevp-batch verify"

@@ -37,17 +37,24 @@ GRAPHS = (
 )
 DRAWN_S = 3.0
 """What a page that has its data may take to draw it."""
+RELOAD_S = 20.0
 
 
 def wait_for(browser: Browser, text: str) -> None:
     """Until the page has this text.
 
+    The dashboard gives up after one answer that it did not get, so the page is loaded again.
+
     Raises:
         CheckError: it never had it.
     """
     shown = f"document.body !== null && document.body.innerText.includes({json.dumps(text)})"
-    until = time.monotonic() + check.PATIENCE_S
+    now_s = time.monotonic()
+    until, reload_s = now_s + check.PATIENCE_S, now_s + RELOAD_S
     while not browser.evaluate(shown):
+        if time.monotonic() > reload_s:
+            browser.page("Page.reload")
+            reload_s = time.monotonic() + RELOAD_S
         if time.monotonic() > until:
             page = browser.evaluate("document.body.innerText")
             raise check.CheckError(f"no {text!r} in {page}")

@@ -223,6 +223,12 @@ class SimulatedFleet:
         self._free_s[slot.index] = max(begin_s, free_s) + work_s
         self._expect(self._free_s[slot.index] - self._clock.now_s, slot, "process", lease)
 
+    def call_off(self, slot: Slot, lease: Lease) -> None:
+        """The chunk is done to its end all the same, and its attempt then comes too late."""
+
+    def room(self) -> str:
+        return "as much as is asked for"
+
     def poll(self) -> None:
         for _ in range(min(MOST_POLLED, len(self.slots))):
             slot = self.slots[self._next_polled % len(self.slots)]
@@ -246,8 +252,7 @@ class SimulatedFleet:
     def bury(self, slot: Slot) -> None:
         if slot.ready is not None:
             self.ready_s += self._clock.now_s - self._ready_at_s[slot.index]
-        slot.handle = slot.ready = None
-        slot.progress, slot.committed_rows = LoopProgress(), 0
+        slot.clear()
         self._polled.discard(slot.index)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from eevp_batch.cluster import coordinator, deaths, progress
+from eevp_batch.cluster import coordinator, deaths, progress, staffing
 from eevp_batch.cluster.backlog import Backlog
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.phases import Phases
@@ -151,6 +151,7 @@ class Simulation:
         with (
             patch.object(coordinator, "time", self.clock),
             patch.object(deaths, "time", self.clock),
+            patch.object(staffing, "time", self.clock),
             patch.object(progress, "time", self.clock),
         ):
             driver = coordinator.Coordinator(

@@ -102,7 +102,7 @@ def write_job(folder: Path, name: str, model: Path, url: str, replicas: int) -> 
         "model": {"path": str(model), "dtype": "float32"},
         "sampling": {"max_new_tokens": 32},
         "exit": {"threshold": 0.2},
-        "engine": {"max_batch": 4, "max_resident": 8},  # some seconds of work, few leases
+        "engine": {"max_batch": 1, "max_resident": 2},  # some seconds of work, few leases
         "run": {"chunk_rows": 5},
         "cluster": {
             "address": url,
@@ -121,7 +121,9 @@ def write_job(folder: Path, name: str, model: Path, url: str, replicas: int) -> 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
     path = out / "_eevp" / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    found = list(map(json.loads, lines))
+    assert not [event for event in found if event["event"] == "job_failed"], found[-1]
+    return [event for event in found if event["event"] == kind]
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 300.0) -> None:

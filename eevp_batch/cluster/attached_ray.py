@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
@@ -18,6 +20,7 @@ from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError, first_line
 
 _CONNECT_S = 10.0
+_TRIES, _PAUSE_S = 3, 5.0
 
 
 @contextlib.contextmanager
@@ -41,18 +44,30 @@ def attached_ray(address: str, metadata: dict[str, str] | None = None) -> Iterat
         return
     refuse_old_ray()
     be_quiet()
-    try:
-        joined = ray.init(
-            address=found,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            job_config=JobConfig(metadata=metadata),
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        raise _unreachable(address, error) from error
+    joined = _joined(address, found, metadata)
     with watched_ray() as head:
         refuse_open_dashboard(joined.dashboard_url)
         yield LocalRay(logs=current_logs(), head=head)
+
+
+def _joined(address: str, found: str, metadata: dict[str, str] | None) -> Any:
+    """What `ray.init` gives; its head is there, so that a busy one gets several tries."""
+    tries = 1
+    while True:
+        try:
+            return ray.init(
+                address=found,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=JobConfig(metadata=metadata),
+            )
+        except ConnectionError as error:
+            if tries == _TRIES:
+                raise _unreachable(address, error.__cause__ or error) from error
+        except (RuntimeError, ValueError, OSError, RayError) as error:
+            raise _unreachable(address, error) from error
+        tries += 1
+        time.sleep(_PAUSE_S)
 
 
 def _checked(address: str) -> str:
@@ -66,7 +81,7 @@ def _checked(address: str) -> str:
     return found
 
 
-def _unreachable(address: str, error: Exception) -> ClusterError:
+def _unreachable(address: str, error: BaseException) -> ClusterError:
     # Not every Ray that will do has the class.
     is_refusal = type(error).__name__ == "AuthenticationError"
     verb = "refused us" if is_refusal else "cannot be joined"

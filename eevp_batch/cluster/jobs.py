@@ -240,7 +240,8 @@ class _Run:
         small_plan = replace(self.plan, chunks=[])
         job = (self.spec, self.model, small_plan, self.store.text)
         build = self.build or loader(*job, resources)
-        check_nodes(job_paths(self.spec, self.plan, self.store), resources)
+        if cluster.address is not None:  # a Ray of our own is one node
+            check_nodes(job_paths(self.spec, self.plan, self.store), resources)
         fleet = Fleet(
             # Of this run alone: replicas of a driver that was killed may still be ending.
             namespace=f"{self.plan.run_id}.{uuid.uuid4().hex[:8]}",

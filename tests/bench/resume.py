@@ -83,7 +83,7 @@ def redo(folder: Path, share: float, chunks: int, chunk_rows: int = 3, seed: int
         deleted={int(record.stem) for record in deleted},
         leased=set(leased),
         rewritten={int(name[-13:-8]) for name in now if now[name] != parts.get(name)},
-        rows=len(leased) * chunk_rows,
+        rows=len(set(leased)) * chunk_rows,  # the last ones may have been done by two replicas
         rows_deleted=len(deleted) * chunk_rows,
     )
 

@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS = 400
-LINES = {"model": 3, "output": 10}  # in the job file
+MODEL_LINE = 3  # in the job file
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -102,6 +102,7 @@ def write_job(folder: Path, name: str, model: Path, url: str, replicas: int) -> 
         "model": {"path": str(model), "dtype": "float32"},
         "sampling": {"max_new_tokens": 32},
         "exit": {"threshold": 0.2},
+        "engine": {"max_batch": 1, "max_resident": 2},  # some seconds of work, few leases
         "run": {"chunk_rows": 5},
         "cluster": {
             "address": url,
@@ -120,7 +121,9 @@ def write_job(folder: Path, name: str, model: Path, url: str, replicas: int) -> 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
     path = out / "_eevp" / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    found = list(map(json.loads, lines))
+    assert not [event for event in found if event["event"] == "job_failed"], found[-1]
+    return [event for event in found if event["event"] == kind]
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 300.0) -> None:
@@ -157,7 +160,7 @@ def test_what_cannot_be_submitted_is_refused_before_anything_starts(
     assert (code, "the Ray cluster refused us" in said) == (5, True), said
     assert "RAY_AUTH_TOKEN_PATH" in said, "and what to do"
     code, _, said = nodes.cli("submit", job, "--set", "cluster.shared_paths=[]")
-    assert code == 2 and f"{job}:{LINES['model']}: model.path: found {tiny_llama}" in said, said
+    assert code == 2 and f"{job}:{MODEL_LINE}: model.path: found {tiny_llama}" in said, said
     code, _, said = nodes.cli("submit", job, "--set", "output.path=out")
     assert code == 2 and "--set: output.path: found" in said and "shared_paths" in said, said
     code, _, said = nodes.cli("submit", job, "--set", "cluster.env=[EEVP_UNSET]")

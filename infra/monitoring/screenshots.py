@@ -37,7 +37,11 @@ GRAPHS = (
 )
 DRAWN_S = 3.0
 """What a page that has its data may take to draw it."""
-RELOAD_S = 20.0
+RELOAD_S = 60.0
+OPEN = "[...document.querySelectorAll('h4, h5, p, span')].find(e => e.innerText === %s).click()"
+"""Opens a part of the page that is closed at first."""
+LONG = [word.replace("input.limit=96", "input.limit=4000") for word in check.DEMO]
+"""More rows than are done before the last picture; the job is interrupted then."""
 
 
 def wait_for(browser: Browser, text: str) -> None:
@@ -76,6 +80,9 @@ def pictures_of_ray(browser: Browser, url: str, folder: Path) -> None:
     wait_for(browser, JOB)
     picture(browser, folder / "jobs.png")
     browser.visit(f"{url}/#/jobs/{job.job_id}", WIDTH, HEIGHT)
+    wait_for(browser, "Task Table")
+    for table in ("Actor Table", "Task Table"):
+        browser.evaluate(OPEN % json.dumps(table))
     wait_for(browser, "generate a chunk")
     picture(browser, folder / "job.png")
     browser.visit(f"{url}/#/actors", WIDTH, HEIGHT)
@@ -118,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="eevp-pictures-") as name:
         try:
             with (
-                check.running_job(Path(name), job, check.DEMO) as running,
+                check.running_job(Path(name), job, LONG) as running,
                 check.running_prometheus(Path(name), running.targets) as prometheus,
                 contextlib.closing(Browser(Path(name))) as browser,
             ):

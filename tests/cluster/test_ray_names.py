@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ from typing import Any, get_args
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors, list_tasks
 
 from eevp_batch.cluster.fleet import Call
 from eevp_batch.cluster.job_page import describe, updated
-from eevp_batch.cluster.local_ray import LocalRay, local_ray
 from eevp_batch.cluster.progress import Meter, Progress
 from eevp_batch.cluster.ray_names import CALLS, actor_name, job_metadata, job_name
 from eevp_batch.records import ChunkStats
@@ -89,9 +90,18 @@ while not ray.experimental.internal_kv._internal_kv_get("done") and time.monoton
 
 
 @pytest.fixture
-def served_ray() -> Iterator[LocalRay]:
-    with local_ray(num_cpus=2, dashboard=True) as local:
-        yield local
+def dashboard_url() -> Iterator[str]:
+    """A Ray with a dashboard, whose agent listens on a port of its own: Ray's is one for all."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_agent_listen_port": port}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
+    try:
+        yield f"http://{cluster.head_node.webui_url}"
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def submitted(client: JobSubmissionClient, folder: Path) -> str:
@@ -100,10 +110,16 @@ def submitted(client: JobSubmissionClient, folder: Path) -> str:
     script.write_text(DRIVER)
     root = Path(__file__).resolve().parent.parent.parent
     env = {"env_vars": {"PYTHONPATH": str(root)}}
-    job_id: str = client.submit_job(
-        entrypoint=f"{sys.executable} {script}", runtime_env=env, metadata={"owner": "me"}
-    )
-    return job_id
+    until = time.monotonic() + 300
+    while True:
+        try:
+            job_id: str = client.submit_job(
+                entrypoint=f"{sys.executable} {script}", runtime_env=env, metadata={"owner": "me"}
+            )
+            return job_id
+        except RuntimeError as error:  # the node's agent starts last
+            assert "No available agent" in str(error) and time.monotonic() < until, error
+            time.sleep(1)
 
 
 def waited_for(client: JobSubmissionClient, job_id: str, is_there: Any) -> Any:
@@ -118,22 +134,22 @@ def waited_for(client: JobSubmissionClient, job_id: str, is_there: Any) -> Any:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)  # much of it is waiting for processes to start
-def test_the_dashboard_shows_jobs_replicas_and_calls(served_ray: LocalRay, tmp_path: Path) -> None:
+def test_the_dashboard_shows_jobs_replicas_and_calls(dashboard_url: str, tmp_path: Path) -> None:
     """A job's replicas and calls by name; a submitted driver's progress, and its end after it."""
     seen: set[str] = set()
 
     def look(found: Progress) -> None:
-        for state in list_actors():
+        for state in list_actors(address=dashboard_url):
             seen.add(state.name)
 
     job = make_job(tmp_path, prompts=40, replicas=2)
     job.on_progress = look
     job.run(Script(step_s=0.1))
     assert {"eevp:scripted/replica-0", "eevp:scripted/replica-1"} <= seen
-    calls = {task.name for task in list_tasks(limit=1000)}
+    calls = {task.name for task in list_tasks(dashboard_url, limit=1000)}
     assert {CALLS["ready"], CALLS["process"], CALLS["progress"]} <= calls
 
-    client = JobSubmissionClient(served_ray.dashboard_url)
+    client = JobSubmissionClient(dashboard_url)
     job_id = submitted(client, tmp_path)
     told = waited_for(client, job_id, lambda found: "rows" in (found.message or ""))
     assert told.status == JobStatus.RUNNING and told.message == describe(progress())

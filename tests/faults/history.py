@@ -250,7 +250,8 @@ def drawn_copies(chance: random.Random) -> Iterator[None]:
     """At every turn a replica without work may take a copy of any chunk."""
 
     def drawn(found: Iterable[Straggler], speed: float) -> Straggler | None:
-        return chance.choice([None, *found])
+        # In an order that does not go by real time.
+        return chance.choice([None, *sorted(found, key=lambda one: one.lease.chunk_id)])
 
     with (
         patch.object(coordinator, "LOOK_EVERY_S", 0.0),

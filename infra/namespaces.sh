@@ -101,6 +101,7 @@ enter() {
   mkdir -p "$WORK/$node/ray"
   # Mounts are the command's own: `ip netns exec` gives it a mount namespace. Each node has its own
   # folder for Ray's sessions, and an empty one in the place of what is not on it.
+  # shellcheck disable=SC2016
   ip netns exec "$NAME-$node" bash -c '
     mount --bind "$1" /tmp/ray
     mount -t tmpfs tmpfs /dev/shm

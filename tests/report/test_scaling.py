@@ -34,7 +34,7 @@ def run_of(pace: Pace, chunks: int, rows: int, replicas: int = 1) -> list[dict[s
         for number in range(chunks // replicas):
             at = ready + pace.drain_s + (number + 1) * chunk_s
             last = max(last, at)
-            facts = {"generated_tokens": tokens, "rows_ok": rows, "rows_error": 0}
+            facts = {"generated_tokens": round(tokens), "rows_ok": rows, "rows_error": 0}
             events.append(
                 {"event": "chunk_leased", "unix_s": at - chunk_s, "replica": f"r{replica}"}
             )
@@ -100,6 +100,7 @@ def test_a_plan_says_how_long_it_takes_at_the_pace_of_a_finished_job(
     lines = map(json.dumps, run_of(PACE, chunks=40, rows=20))
     (tmp_path / "out" / "_eevp" / "events.jsonl").write_text("\n".join(lines) + "\n")
     found = CliRunner().invoke(main, [*command, "--json"])
+    assert found.exit_code == 0, found.stderr
     times = {time["replicas"]: time for time in json.loads(found.stdout)["times"]}
     assert list(times) == [1, 2, 3, 4, 8]
     assert times[1]["work_s"] == pytest.approx(64 * 5 / 100, rel=0.06)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,17 @@ from eevp_batch.row_counts import KeptTokens, SlowRow, slowest
 RowId = str | int
 Phase = Literal["full", "exits"]
 """How a chunk was run: every token through all layers, or with the job's exits."""
+_REPLICA = re.compile(r"replica-(\d+)(\.\d+)?$")
+
+
+def replica_number(name: str) -> int | None:
+    """The place in the fleet, from 0, that a replica's name ends with; None for any other name.
+
+    Args:
+        name: such as `eevp-replica-0.2`, or what the Ray dashboard calls its actor.
+    """
+    found = _REPLICA.search(name)
+    return None if found is None else int(found[1])
 
 
 @dataclass(frozen=True, slots=True)

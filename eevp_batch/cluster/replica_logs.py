@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from eevp_batch.cluster.cluster_job import ClusterJob
 from eevp_batch.cluster.job_server import JobServer
 from eevp_batch.errors import ClusterError, UsageError
+from eevp_batch.records import replica_number
 
-_NAME = re.compile(r"replica\D{0,3}(\d+)")
 _MOST_ACTORS = 10_000
 
 
@@ -80,7 +79,7 @@ def written_by(server: JobServer, actor: ReplicaActor) -> Iterator[str]:
 
 
 def _replica(row: dict[str, Any]) -> ReplicaActor | None:
-    match = _NAME.search(str(row.get("name")))
-    if match is None:
+    number = replica_number(str(row.get("name")))
+    if number is None:
         return None
-    return ReplicaActor(str(row["actor_id"]), str(row["name"]), int(match[1]), str(row["state"]))
+    return ReplicaActor(str(row["actor_id"]), str(row["name"]), number, str(row["state"]))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from datetime import UTC, datetime
 from typing import Any
 
+from eevp_batch.records import replica_number
+
 _LONG = ("machine", "files", "pid", "node_id")  # facts for programs
-_REPLICA = re.compile(r"replica\D{0,3}(\d+)")
 
 
 def event_line(event: dict[str, Any]) -> str:
@@ -34,8 +34,7 @@ def is_about(event: dict[str, Any], replica: int) -> bool:
         event: what `read_events` gave.
         replica: number of the place, from 0.
     """
-    found = _REPLICA.search(str(event.get("replica")))
-    return found is not None and int(found[1]) == replica
+    return replica_number(str(event.get("replica"))) == replica
 
 
 def _text(value: Any) -> str:

@@ -61,8 +61,8 @@ def list_runs(address: str | None, limit: int, as_json: bool) -> None:
 
     Without --address, every cluster is asked that a run of the list was submitted to.
     """
-    from eevp_batch.cluster.addresses import is_submitted
-    from eevp_batch.cluster.runs import default_address, known_jobs
+    from eevp_batch.cluster.addresses import default_address, is_submitted
+    from eevp_batch.cluster.runs import known_jobs
     from eevp_batch.history import recall
 
     remembered = [] if address else list(reversed(recall()))[:limit]

@@ -50,6 +50,12 @@ def to_join(address: str | None, is_inside: bool) -> str | None:
     return "auto" if is_inside and joins_around else address
 
 
+def default_address() -> str | None:
+    """The cluster that the environment names, `auto` or a URI; None where it names none."""
+    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    return named if named is not None and "://" in named else ("auto" if named else None)
+
+
 def api_server(address: str, patience_s: float) -> ApiServer:
     """Find the job server of a cluster.
 
@@ -61,10 +67,9 @@ def api_server(address: str, patience_s: float) -> ApiServer:
         OSError, RuntimeError, ValueError, RayError: it cannot be found.
     """
     if address == "auto":
-        named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
-        if "://" not in named:
-            return ApiServer(_from_head(patience_s), is_here=True)
-        address = named
+        address = default_address() or "auto"
+    if address == "auto":
+        return ApiServer(_from_head(patience_s), is_here=True)
     if address.partition("://")[0] in _SCHEMES:
         return ApiServer(address.rstrip("/"), is_here=False)
     return ApiServer(_from_client_server(address, patience_s), is_here=False)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eevp_batch.cluster.addresses import is_submitted
+from eevp_batch.cluster.addresses import default_address, is_submitted
 from eevp_batch.errors import ClusterError, UsageError, first_line
 from eevp_batch.history import Submission, recall
 from eevp_batch.storage import layout
 from eevp_batch.storage.plan import read_plan
 from eevp_batch.storage.retries import Patience
-from eevp_batch.storage.status import read_events
+from eevp_batch.storage.status import RETRY_START, RUN_STARTS, read_events
 from eevp_batch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _STORAGE_S = 10.0
 _CONNECT_S = 3.0
-_STARTS = ("job_started", "job_resumed", "retry_started")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +130,6 @@ def open_output(out: str) -> Store | None:
         return None
 
 
-def default_address() -> str | None:
-    """The cluster that the environment names; None where it names none."""
-    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    return named if named is not None and "://" in named else ("auto" if named else None)
-
-
 def known_jobs(addresses: Sequence[str]) -> tuple[list[tuple[JobServer, ClusterJob]], list[str]]:
     """Our runs on some clusters, and why some of these cannot be asked.
 
@@ -161,7 +154,7 @@ def last_start(store: Store) -> dict[str, Any]:
     event: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         for event_now in read_events(store):
-            if event_now.get("event") in _STARTS:
+            if event_now.get("event") in (*RUN_STARTS, RETRY_START):
                 event = event_now
     return event
 

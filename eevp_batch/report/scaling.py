@@ -15,10 +15,8 @@ from typing import Any, Literal
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.plan import Plan
-from eevp_batch.storage.status import read_events
+from eevp_batch.storage.status import RUN_STARTS, read_events
 from eevp_batch.storage.store import Store
-
-_STARTS = ("job_started", "job_resumed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +121,11 @@ def measure_pace(events: Iterable[Mapping[str, Any]], commit_s: float = 0.0) -> 
     """
     run: list[Mapping[str, Any]] = []
     for event in events:
-        run = [event] if event.get("event") in _STARTS else [*run, event]
+        run = [event] if event.get("event") in RUN_STARTS else [*run, event]
     times = {kind: _times(run, kind) for kind in ("replica_ready", "chunk_leased")}
     commits = [event for event in run if event.get("event") == "chunk_committed"]
     end = _times(run, "job_finished")
-    if not (end and commits and times["replica_ready"] and run[0].get("event") in _STARTS):
+    if not (end and commits and times["replica_ready"] and run[0].get("event") in RUN_STARTS):
         raise UsageError("events: found no run that committed a chunk and has ended")
     replicas = len({str(event["replica"]) for event in commits})
     ready, last = min(times["replica_ready"]), float(commits[-1]["unix_s"])

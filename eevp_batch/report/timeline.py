@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from eevp_batch.report.time_bins import TimeBins
+from eevp_batch.storage.status import RUN_STARTS
 
 State = Literal["starting", "busy", "learning", "waiting", "dead"]
 STATES: tuple[State, ...] = ("starting", "busy", "learning", "waiting", "dead")
@@ -18,7 +19,6 @@ MAX_REPLICAS = 64
 MAX_SEGMENTS = 600
 MAX_DEATHS = 50
 
-_RUN_BEGINS = ("job_started", "job_resumed")
 _RUN_ENDS = ("job_finished", "job_interrupted", "job_failed")
 
 
@@ -156,7 +156,7 @@ class _Reader:
     def take(self, event: Mapping[str, Any]) -> None:
         """Bring the story up to one event."""
         kind, unix_s = str(event.get("event")), float(event["unix_s"])
-        if kind in _RUN_BEGINS or not self.found.runs:
+        if kind in RUN_STARTS or not self.found.runs:
             self._begin(unix_s, event.get("replicas"))
         run = self.found.runs[-1]
         self._at_s = max(self._at_s, run.start_s + unix_s - run.started_unix_s)

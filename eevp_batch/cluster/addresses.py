@@ -14,6 +14,8 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from eevp_batch.errors import ClusterError, first_line
+
 _SCHEMES = ("http", "https")
 
 
@@ -73,6 +75,27 @@ def api_server(address: str, patience_s: float) -> ApiServer:
     if address.partition("://")[0] in _SCHEMES:
         return ApiServer(address.rstrip("/"), is_here=False)
     return ApiServer(_from_client_server(address, patience_s), is_here=False)
+
+
+def unreachable(address: str, verb: str, error: BaseException) -> ClusterError:
+    """One kind of error, in one line, for whatever Ray and HTTP raise.
+
+    Args:
+        address: of the job.
+        verb: what cannot be done with the cluster: it cannot be joined, or reached.
+        error: what was raised.
+    """
+    # Not every Ray that will do has the class.
+    is_refusal = type(error).__name__ == "AuthenticationError"
+    said = "refused us" if is_refusal else f"cannot be {verb}"
+    found = ClusterError(
+        f"cluster.address {address!r}: the Ray cluster {said}: {first_line(error)}"
+    )
+    if is_refusal:
+        found.add_note(
+            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to its token"
+        )
+    return found
 
 
 def _from_head(patience_s: float) -> str:

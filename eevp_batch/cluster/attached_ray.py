@@ -14,10 +14,10 @@ from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
+from eevp_batch.cluster.addresses import unreachable
 from eevp_batch.cluster.head_watch import watched_head, watched_ray
 from eevp_batch.cluster.local_ray import LocalRay, be_quiet, current_logs
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
-from eevp_batch.errors import ClusterError, first_line
 
 _CONNECT_S = 10.0
 _TRIES, _PAUSE_S = 3, 5.0
@@ -63,9 +63,9 @@ def _joined(address: str, found: str, metadata: dict[str, str] | None) -> Any:
             )
         except ConnectionError as error:
             if tries == _TRIES:
-                raise _unreachable(address, error.__cause__ or error) from error
+                raise unreachable(address, "joined", error.__cause__ or error) from error
         except (RuntimeError, ValueError, OSError, RayError) as error:
-            raise _unreachable(address, error) from error
+            raise unreachable(address, "joined", error) from error
         tries += 1
         time.sleep(_PAUSE_S)
 
@@ -77,12 +77,5 @@ def _checked(address: str) -> str:
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
     except (OSError, ValueError) as error:  # a ConnectionError is an OSError
-        raise _unreachable(address, error) from error
+        raise unreachable(address, "joined", error) from error
     return found
-
-
-def _unreachable(address: str, error: BaseException) -> ClusterError:
-    # Not every Ray that will do has the class.
-    is_refusal = type(error).__name__ == "AuthenticationError"
-    verb = "refused us" if is_refusal else "cannot be joined"
-    return ClusterError(f"cluster.address {address!r}: the Ray cluster {verb}: {first_line(error)}")

@@ -22,10 +22,10 @@ import requests
 from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 
-from eevp_batch.cluster.addresses import api_server
+from eevp_batch.cluster.addresses import api_server, unreachable
 from eevp_batch.cluster.cluster_job import ClusterJob, ours
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
-from eevp_batch.errors import ClusterError, UsageError, first_line
+from eevp_batch.errors import ClusterError, UsageError
 
 HEADERS = "RAY_JOB_HEADERS"
 """Environment variable with further headers as JSON, as Ray's own command line reads it."""
@@ -216,18 +216,7 @@ class JobServer:
         try:
             yield
         except (OSError, RuntimeError, ValueError, KeyError, AttributeError, RayError) as error:
-            # Not every Ray that will do has the class.
-            refused = type(error).__name__ == "AuthenticationError"
-            verb = "refused us" if refused else "cannot be reached"
-            found = ClusterError(
-                f"cluster.address {self.address!r}: the Ray cluster {verb}: {first_line(error)}"
-            )
-            if refused:
-                found.add_note(
-                    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to its "
-                    "token"
-                )
-            raise found from error
+            raise unreachable(self.address, "reached", error) from error
 
 
 class _Client(JobSubmissionClient):

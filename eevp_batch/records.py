@@ -137,6 +137,11 @@ class RowFailure:
     attempts: int = 1
     tag: Any = None
 
+    @classmethod
+    def of(cls, row_id: RowId, error: Exception, tag: Any = None) -> RowFailure:
+        """The failure of a row for which an error was raised."""
+        return cls(row_id, type(error).__name__, str(error), tag=tag)
+
 
 DISTANCE_STEPS = 1000
 """Text distances are counted in so many steps from 0 to 1."""

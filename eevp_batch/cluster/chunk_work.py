@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from eevp_batch.errors import EngineError, RowError
+from eevp_batch.errors import EngineError
 from eevp_batch.records import Generation, Prompt, RowFailure, RowId
 
 
@@ -76,8 +76,3 @@ class ChunkWork:
         """Hand the result to whoever waits. The other samples of a failed row are dropped."""
         kept = [g for g in self._generations if not self.has_failed(g.row_id)]
         self.future.set_result(ChunkResult(kept, list(self._failures.values())))
-
-
-def row_failure(row_id: RowId, error: RowError) -> RowFailure:
-    """The error row of a row that cannot be done."""
-    return RowFailure(row_id=row_id, error_class=type(error).__name__, message=str(error))

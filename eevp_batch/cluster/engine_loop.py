@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork, row_failure
+from eevp_batch.cluster.chunk_work import ChunkResult, ChunkWork
 from eevp_batch.cluster.idle_clock import IdleClock
 from eevp_batch.cluster.watchdog import Pulse
 from eevp_batch.errors import EngineError, EngineStalledError, RowError
@@ -268,7 +268,7 @@ class EngineLoop:
             try:
                 engine.add(prompt)
             except RowError as error:
-                failure = row_failure(prompt.row_id, error)
+                failure = RowFailure.of(prompt.row_id, error)
                 self._settle(prompt.tag, prompt.row_id, failure)
         return admitted
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from eevp_batch.cluster.chunk_work import row_failure
 from eevp_batch.cluster.engine_loop import RowEngine
 from eevp_batch.errors import RowError
 from eevp_batch.records import Generation, Phase, Prompt, RowFailure
@@ -108,5 +107,5 @@ class PhasedEngine:
             try:
                 self.add(prompt)
             except RowError as error:
-                refused.append(replace(row_failure(prompt.row_id, error), tag=prompt.tag))
+                refused.append(RowFailure.of(prompt.row_id, error, prompt.tag))
         return refused

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from eevp_batch.cluster.backlog import ChunkTask
-from eevp_batch.cluster.chunk_work import ChunkWork, row_failure
+from eevp_batch.cluster.chunk_work import ChunkWork
 from eevp_batch.cluster.engine_loop import Build, EngineLoop, LoopProgress, RowEncoder, RowEngine
 from eevp_batch.cluster.learning import LearnAttempt, LearningEngine, LearnOrder
 from eevp_batch.cluster.leases import Lease
@@ -273,7 +273,7 @@ def encode_rows(
                 raise UnreadableTextError(f"column {unreadable[number]!r}: text that is not UTF-8")
             token_ids = encoder.encode(row)
         except RowError as error:
-            failures.append(row_failure(row[id_column], error))
+            failures.append(RowFailure.of(row[id_column], error))
             continue
         row_id = row[id_column]
         prompts += [Prompt(row_id, token_ids, sample, tag, phase, timeout_s) for sample in range(n)]

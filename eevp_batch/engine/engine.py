@@ -191,7 +191,7 @@ class Engine:
                     try:
                         self.add(self._prompt(*row))
                     except RowError as error:
-                        yield RowFailure(row[0], type(error).__name__, str(error))
+                        yield RowFailure.of(row[0], error)
                 if not self.is_idle:
                     yield from self.step()
         finally:

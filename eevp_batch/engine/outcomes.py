@@ -29,12 +29,7 @@ def finished(sequence: Sequence, text: str, num_layers: int) -> Generation:
 
 def failed(sequence: Sequence, error: RowError) -> RowFailure:
     """The failure of a sequence's row."""
-    return RowFailure(
-        row_id=sequence.prompt.row_id,
-        error_class=type(error).__name__,
-        message=str(error),
-        tag=sequence.prompt.tag,
-    )
+    return RowFailure.of(sequence.prompt.row_id, error, sequence.prompt.tag)
 
 
 def timed_out(sequence: Sequence) -> RowTimeoutError:

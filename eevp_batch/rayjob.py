@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
-from eevp_batch.errors import UsageError
+from eevp_batch.errors import SpecError, UsageError
 from eevp_batch.spec import ClusterSpec, JobSpec
 from eevp_batch.spec_file import SpecSource, dump_spec
+from eevp_batch.storage.location import is_uri
 
 JOB_FILE = "/etc/eevp-batch/job.yaml"
 _MOST_NAME = 47  # KubeRay adds to the name, and Kubernetes allows 63 letters
@@ -26,7 +27,6 @@ _MOST_SPEC_BYTES = 1_000_000  # of the 1 MiB that etcd holds for a ConfigMap
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _QUANTITY = re.compile(r"\d+(\.\d+)?([KMGTPE]i?)?")
 _LABEL = re.compile(r"[A-Za-z0-9._/-]+=[A-Za-z0-9._-]*")
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _AUTO_CPUS = 4.0
 
 
@@ -172,23 +172,21 @@ def _check_path(source: SpecSource, where: str, path: str, pods: Pods) -> None:
     """Refuse a path of this machine.
 
     Raises:
-        UsageError: names the field and its line.
+        SpecError: it is one.
     """
     is_hub_id = where == "model.path" and not path.startswith("/")
-    is_remote = _URI.match(path) is not None and not path.startswith("file:")
+    is_remote = is_uri(path) and not path.startswith("file:")
     mount = PurePosixPath(pods.claim.partition(":")[2]) if pods.claim else None
     if is_hub_id or is_remote or (mount and PurePosixPath(path).is_relative_to(mount)):
         return
     origin = source.origin(where)
-    place = origin.file if origin.line is None else f"{origin.file}:{origin.line}"
     below = (
         f"a path below {mount}" if mount else "a path below a volume that --claim NAME:/path mounts"
     )
     hub = ", a hub id" if where == "model.path" else ""
-    raise UsageError(
-        f"{place}: {where}: found {path}, which no pod can see; allowed: a URI such as "
-        f"s3://bucket/folder{hub}, or {below}"
-    )
+    found = f"{path}, which no pod can see"
+    allowed = f"a URI such as s3://bucket/folder{hub}, or {below}"
+    raise SpecError(origin.file, origin.line, where, found, allowed)
 
 
 # --- what is asked of Kubernetes -----------------------------------------------------------------

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eevp_batch.cluster.fleet import Resources
+from eevp_batch.cluster.resources import num_fitting
 from eevp_batch.errors import SpecError
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
@@ -74,7 +75,11 @@ def check_nodes(paths: Sequence[JobPath], resources: Resources) -> None:
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    others = [node for node in nodes if node["NodeID"] != here and _has_room(node, resources)]
+    others = [
+        node
+        for node in nodes
+        if node["NodeID"] != here and num_fitting(node["Resources"], resources)
+    ]
     if not paths or not others:
         return
     look = ray.remote(_missing)
@@ -102,12 +107,6 @@ def check_nodes(paths: Sequence[JobPath], resources: Resources) -> None:
                 f"{item.path}, which node {asked[reference]} does not see",
                 "a URI, or a path that is the same on every node",
             )
-
-
-def _has_room(node: dict[str, dict[str, float]], resources: Resources) -> bool:
-    offer = node["Resources"]
-    fits = offer.get("CPU", 0.0) >= resources.num_cpus
-    return fits and offer.get("GPU", 0.0) >= min(1.0, resources.num_gpus)
 
 
 def _missing(probes: Sequence[str]) -> list[int]:

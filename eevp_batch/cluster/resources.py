@@ -63,11 +63,11 @@ def fleet_size(cluster: ClusterSpec, nodes: Sequence[Offer], each: Resources) ->
     """
     if cluster.address is not None:
         return cluster.max_replicas
-    fitting = sum(_fit(node, each) for node in nodes)
+    fitting = sum(num_fitting(node, each) for node in nodes)
     return min(cluster.max_replicas, max(_needed(cluster), fitting))
 
 
-def _fit(node: Offer, each: Resources) -> int:
+def num_fitting(node: Offer, each: Resources) -> int:
     """Replicas that a node without other work has room for."""
     asked = [(node.get("CPU", 0.0), each.num_cpus), (node.get("GPU", 0.0), each.num_gpus)]
     return min(int(there / one + 1e-6) for there, one in asked if one)

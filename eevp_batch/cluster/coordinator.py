@@ -12,13 +12,13 @@ from typing import Any
 
 from eevp_batch.cluster import news, rules, stall
 from eevp_batch.cluster.backlog import Backlog
-from eevp_batch.cluster.crew import Crew
 from eevp_batch.cluster.deaths import DeathWatch
 from eevp_batch.cluster.diary import Diary
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.events import EventLog
 from eevp_batch.cluster.fleet import Fleet, Outcome, Slot
 from eevp_batch.cluster.handout import Handout
+from eevp_batch.cluster.headcount import Headcount
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.placement import PlacementWatch
@@ -71,7 +71,7 @@ class Coordinator:
         self._phases, self._diary = phases, Diary(events, on_message)
         self._backlog, self._leases = backlog, backlog.leases
         self._handout = Handout(fleet, backlog, phases, self._diary)
-        self._crew = Crew(fleet.slots, backlog.leases)
+        self._headcount = Headcount(fleet.slots, backlog.leases)
         self.totals = totals
         self.recoveries = Recoveries()
         self.num_done_before = num_done
@@ -82,7 +82,9 @@ class Coordinator:
             0 if backlog.is_retry else totals.rows,
         )
         self._deaths = DeathWatch(fleet.slots, spec.run)
-        self._staffing = Staffing(fleet, self._crew, backlog, phases, self._deaths, self._diary)
+        self._staffing = Staffing(
+            fleet, self._headcount, backlog, phases, self._deaths, self._diary
+        )
         self._stall = stall.StallWatch(
             spec.run.no_progress_timeout_s,
             lambda: stall.describe(fleet.slots, self._leases.leases_of, fleet.resources),
@@ -156,7 +158,7 @@ class Coordinator:
             waited_s=self._waiting.total_s,
             storage_s=self._in_storage.total_s,
             rows_error=self.totals.rows_error,
-            replicas=self._crew.num_present,
+            replicas=self._headcount.num_present,
             replicas_ready=sum(slot.ready is not None for slot in self._fleet.slots),
             chunks_total=self.num_done_before + self._backlog.num_chunks,
             chunks_committed=self.num_committed,
@@ -309,7 +311,7 @@ class Coordinator:
         self._staffing.dismiss(now_s)
         found = self.progress()
         self._on_progress(found)
-        if self._placement.look(now_s, self._crew.num_placed, self._crew.num_wanted):
+        if self._placement.look(now_s, self._headcount.num_placed, self._headcount.num_wanted):
             self._stall.look(found)
 
     def _tell_draining(self) -> None:

@@ -16,7 +16,7 @@ IDLE_S = 10.0
 """Seconds for which a replica has had nothing to do when it leaves."""
 
 
-class Crew:
+class Headcount:
     """Says who is to start and who is to leave.
 
     Args:

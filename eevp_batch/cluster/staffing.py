@@ -6,10 +6,10 @@ import time
 
 from eevp_batch.cluster import news
 from eevp_batch.cluster.backlog import Backlog
-from eevp_batch.cluster.crew import Crew
 from eevp_batch.cluster.deaths import DeathWatch
 from eevp_batch.cluster.diary import Diary
 from eevp_batch.cluster.fleet import Fleet, Slot
+from eevp_batch.cluster.headcount import Headcount
 from eevp_batch.cluster.phases import Phases
 from eevp_batch.cluster.progress import Recoveries
 
@@ -18,11 +18,11 @@ _AFTER_LEAVING_S = 1.0
 
 
 class Staffing:
-    """Does what a crew decides, and settles what a replica that goes has left.
+    """Does what the headcount says, and settles what a replica that goes has left.
 
     Args:
         fleet: the replicas.
-        crew: who is to be there.
+        headcount: who is to be there.
         backlog: gets back what a replica held.
         phases: hears of a replica that was learning.
         deaths: counts deaths.
@@ -32,13 +32,13 @@ class Staffing:
     def __init__(
         self,
         fleet: Fleet,
-        crew: Crew,
+        headcount: Headcount,
         backlog: Backlog,
         phases: Phases,
         deaths: DeathWatch,
         diary: Diary,
     ) -> None:
-        self._fleet, self._crew, self._backlog = fleet, crew, backlog
+        self._fleet, self._headcount, self._backlog = fleet, headcount, backlog
         self._phases, self._deaths, self._diary = phases, deaths, diary
 
     def start(self, now_s: float) -> None:
@@ -47,7 +47,7 @@ class Staffing:
         Args:
             now_s: monotonic time.
         """
-        for slot in self._crew.to_start(now_s):
+        for slot in self._headcount.to_start(now_s):
             self._fleet.start(slot)
 
     def release_leavers(self) -> Recoveries:
@@ -74,7 +74,7 @@ class Staffing:
         Args:
             now_s: monotonic time.
         """
-        for slot in self._crew.to_leave(now_s):
+        for slot in self._headcount.to_leave(now_s):
             name, was_placed = slot.name, slot.handle is not None
             self._fleet.bury(slot)
             if was_placed:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from eevp_batch.cluster.crew import IDLE_S, Crew
 from eevp_batch.cluster.fleet import Resources, Slot
+from eevp_batch.cluster.headcount import IDLE_S, Headcount
 from eevp_batch.cluster.leases import LeaseTable
 from eevp_batch.cluster.placement import FIRST_TOLD_S, PlacementWatch
 from eevp_batch.cluster.resources import cpus_to_offer, fleet_size, replica_resources
@@ -19,16 +19,16 @@ READY: Any = object()
 
 
 class Staff:
-    """A crew of so many slots over so many chunks."""
+    """A headcount of so many slots over so many chunks."""
 
     def __init__(self, num_slots: int, num_chunks: int) -> None:
         self.slots = [Slot(index) for index in range(num_slots)]
         self.table = LeaseTable(iter(range(num_chunks)), num_chunks)
-        self.crew = Crew(self.slots, self.table)
+        self.headcount = Headcount(self.slots, self.table)
 
     def fill(self, now_s: float = 0.0, *, comes_up: bool = True) -> list[int]:
         """Start whoever is to start; their numbers."""
-        found = list(self.crew.to_start(now_s))
+        found = list(self.headcount.to_start(now_s))
         for slot in found:
             slot.place = object()
             if comes_up:
@@ -36,7 +36,7 @@ class Staff:
         return [slot.index for slot in found]
 
     def leaving(self, now_s: float) -> list[int]:
-        return [slot.index for slot in self.crew.to_leave(now_s)]
+        return [slot.index for slot in self.headcount.to_leave(now_s)]
 
 
 def test_no_more_replicas_start_than_there_are_chunks() -> None:

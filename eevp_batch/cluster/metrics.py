@@ -89,9 +89,9 @@ RETRIES = _job(
     "retries",
     "gauge",
     "chunks, rows or steps",
-    "What was done again in this run: chunks of replicas that died or left (replica_died), attempts "
-    "that came too late (attempt_discarded), steps that ran out of memory (memory_shortage); and rows "
-    "given up because they kill replicas (row_set_aside).",
+    "What was done again in this run: chunks of replicas that died or left (replica_died), "
+    "attempts that came too late (attempt_discarded), steps that ran out of memory (memory_shortage); and "
+    "rows given up because they kill replicas (row_set_aside).",
     "reason",
 )
 DEATHS = _job("replica_deaths", "gauge", "replicas", "Replicas that died in this run.")

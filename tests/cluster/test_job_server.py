@@ -54,9 +54,10 @@ class Nodes:
         assert self._line() == "removed\n"
 
     def close(self) -> None:
-        if self.process.stdin is not None and not self.process.stdin.closed:
-            self.process.stdin.close()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()  # which ends the cluster
         self.process.wait(timeout=120)
+        self.process.stdout.close()
 
     def cli(self, *arguments: object, **environment: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""

@@ -90,8 +90,8 @@ RETRIES = _job(
     "gauge",
     "chunks, rows or steps",
     "What was done again in this run: chunks of replicas that died or left (replica_died), "
-    "attempts that came too late (attempt_discarded), steps that ran out of memory (memory_shortage); and "
-    "rows given up because they kill replicas (row_set_aside).",
+    "attempts that came too late (attempt_discarded), steps that ran out of memory "
+    "(memory_shortage); and rows given up because they kill replicas (row_set_aside).",
     "reason",
 )
 DEATHS = _job("replica_deaths", "gauge", "replicas", "Replicas that died in this run.")

@@ -110,6 +110,25 @@ _AT_FULL_DEPTH = (
     type=click.IntRange(min=1),
     help="Tokens at a prompt's end at full depth under exit.prefill: bridge.",
 )
+@click.option(
+    "--adapter-rank",
+    metavar="R",
+    type=click.IntRange(min=1),
+    help="Trains an adapter (LoRA) of this rank on the model first, exits and bridges in the loop.",
+)
+@click.option(
+    "--adapter-steps",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Of its training; as many as --adapter-minutes are enough for if not given.",
+)
+@click.option(
+    "--adapter-minutes",
+    default=8.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Of its training, checkpoints in DIR; the same command goes on with it.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @json_option
 def fit(
@@ -123,21 +142,21 @@ def fit(
     """Fit exits to what a job's model itself generates for its prompts; DIR gets them."""
     from eevp_batch.prepare import check_prompts, prepare
     from eevp_batch.report.fitted import render_fitted
+    from eevp_batch.report.stages import make_stages
     from eevp_batch.tune.command import FitOptions, run_fit
 
     if not all(part.strip().isdigit() for part in layers.split(",") if layers):
         raise UsageError(f"--layers: found {layers!r}; allowed: numbers with commas between them")
     numbers = [int(part) for part in layers.split(",") if layers]
+    if options["adapter_steps"] and not options["adapter_rank"]:
+        raise UsageError("--adapter-steps: found no --adapter-rank; allowed: both")
     job = prepare(spec, [*overrides, *_AT_FULL_DEPTH])
     check_prompts(job)
-    manifest = run_fit(
-        job.spec,
-        job.model,
-        job.plan.fields,
-        folder,
-        FitOptions(layers=numbers, **options),
-        lambda line: click.echo(line, err=True),
-    )
+    chosen = FitOptions(layers=numbers, **options)
+    with make_stages(click.get_text_stream("stderr")) as shown:
+        manifest = run_fit(
+            job.spec, job.model, job.plan.fields, folder, chosen, shown.message, shown.update
+        )
     if as_json:
         echo_json(manifest)
     else:

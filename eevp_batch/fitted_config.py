@@ -26,6 +26,7 @@ _READ_FIELDS = {
     "tail": int,
     "lead": int,
 }
+_OPTIONAL_FIELD = "adapter_rank"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -48,7 +49,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not all(type(item) is kind for item in items):
             shown = repr(value)[:80]
             raise FittedExitsError(f"{path}: {name}: found {shown}; allowed: {kind.__name__}")
+    rank = manifest.setdefault(_OPTIONAL_FIELD, None)
+    if rank is not None and type(rank) is not int:
+        shown = repr(rank)[:80]
+        raise FittedExitsError(f"{path}: {_OPTIONAL_FIELD}: found {shown}; allowed: int or null")
     return manifest
+
+
+def has_adapter(exit: ExitSpec) -> bool:
+    """Whether a job runs an adapted model, of which full depth is no longer the original's.
+
+    Raises:
+        FittedExitsError: its fitted exits cannot be read.
+    """
+    if exit.mode != "on" or exit.heads is None:
+        return False
+    return read_manifest(Path(exit.heads))[_OPTIONAL_FIELD] is not None
 
 
 def with_fitted(spec: JobSpec, model: ModelConfig) -> JobSpec:
@@ -69,7 +85,8 @@ def with_fitted_layers(spec: JobSpec, model: ModelConfig) -> JobSpec:
     """The job with the exit layers of its fitted exits where it leaves the layers to them.
 
     Raises:
-        FittedExitsError: they belong to another model, or were fitted for other layers.
+        FittedExitsError: they belong to another model, were fitted for other layers, or have an
+            adapter where the whole model is to verify.
     """
     exit = spec.exit
     if exit.mode == "off" or exit.heads is None:
@@ -79,6 +96,12 @@ def with_fitted_layers(spec: JobSpec, model: ModelConfig) -> JobSpec:
         raise FittedExitsError(
             f"exit.heads: {exit.heads}: found exits fitted for a model with hash "
             f"{manifest['model_hash']}; allowed: {model.content_hash}, the hash of {model.id}"
+        )
+    if manifest[_OPTIONAL_FIELD] is not None and exit.kv == "verify":
+        raise FittedExitsError(
+            f"exit.kv: found verify beside exit.heads with an adapter ({exit.heads}); allowed: "
+            "bridge, propagate or recompute, for what an adapted model verifies is its own output, "
+            "not the original's"
         )
     fitted = list(manifest["exit_layers"])
     if exit.layers == "auto":

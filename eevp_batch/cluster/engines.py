@@ -16,12 +16,14 @@ from eevp_batch.cluster.engine_loop import RowEncoder, RowEngine
 from eevp_batch.cluster.learn_task import CALIBRATION, LearnTask, learned_exit
 from eevp_batch.cluster.learning import LearnAttempt, LearnOrder
 from eevp_batch.cluster.phased import PhasedEngine
+from eevp_batch.engine.cut import merge_adapter
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.limits import page_bytes
-from eevp_batch.engine.load import Loaded, build_engine, load_engine, load_job_model
+from eevp_batch.engine.load import Loaded, build_engine, load_engine, load_job_model, original_model
 from eevp_batch.engine.placed_model import place_model
 from eevp_batch.errors import EngineError
+from eevp_batch.fitted_config import has_adapter
 from eevp_batch.model_config import ModelConfig, resolve_exit_layers
 from eevp_batch.records import Phase
 from eevp_batch.spec import EngineSpec, JobSpec
@@ -81,7 +83,11 @@ class JobEngine(PhasedEngine):
         layers = [model.num_layers]
         if spec.exit.mode != "learn":
             layers = resolve_exit_layers(spec.exit, model.num_layers)
+            merge_adapter(loaded.weights, spec.exit)
         self._cut = place_model(loaded.weights, layers, loaded.devices, kv_memory)
+        # What an adapted model says at full depth is no measure of its exits.
+        is_adapted = has_adapter(spec.exit)
+        self._original = original_model(spec, model, loaded.devices) if is_adapted else self._cut
         self._task = LearnTask(spec, model, plan, loaded, self._cut)
         has_exits = True
         if spec.exit.mode == "learn":
@@ -134,7 +140,7 @@ class JobEngine(PhasedEngine):
 
     def _whole(self, limits: EngineSpec) -> Engine:
         weights, tokenizer, *_ = self._loaded
-        return full_depth_engine(weights, self._cut, tokenizer, self._spec.sampling, limits)
+        return full_depth_engine(weights, self._original, tokenizer, self._spec.sampling, limits)
 
     def _empty_cache(self) -> None:
         if self._cut.device.type == "cuda":

@@ -21,8 +21,9 @@ from eevp_batch.cluster.learning import (
     LearnOrder,
     shuffled,
 )
+from eevp_batch.engine.cut import cut_model
 from eevp_batch.engine.fitted import FittedExits
-from eevp_batch.engine.load import Loaded, cut_model
+from eevp_batch.engine.load import Loaded
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import CalibrationError, UsageError
 from eevp_batch.fitted_config import job_binding

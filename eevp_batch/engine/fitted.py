@@ -1,4 +1,4 @@
-"""What `fit` makes for a model: exit heads, bridges and a proposal, in a folder of their own.
+"""What `fit` makes for a model: exit heads, bridges, a proposal and an adapter, in a folder.
 
 Everything fitted reads the same input, the *unit state* u = h / rms(h) of the state h after an exit
 layer: its scale is the same for every token, whatever the model's massive activations are. Knows
@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
+from eevp_batch.engine.adapter import Adapter
 from eevp_batch.engine.proposals import LowRankProposal
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import FittedExitsError
 from eevp_batch.fitted_config import FITTED_FORMAT, FITTED_MANIFEST, read_manifest
 
 MANIFEST, WEIGHTS = FITTED_MANIFEST, "fitted.safetensors"
+_ADAPTER = "adapter."
 
 
 def unit_state(hidden: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,6 +88,7 @@ class FittedExits:
         proposal: proposes the ids to keep at the first exit layer.
         tail: tokens at the end of a prompt that run at full depth even where a prompt is bridged.
         lead: tokens at its beginning that do: what all prompts shared.
+        adapter: change of the model's own weights that all of the above was fitted with.
         facts: what made it: data, settings, figures; written as they are.
     """
 
@@ -98,6 +101,7 @@ class FittedExits:
     proposal: LowRankProposal | None = None
     tail: int = 1
     lead: int = 0
+    adapter: Adapter | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -113,6 +117,7 @@ class FittedExits:
             "exit_layers": list(self.exit_layers),
             "tail": self.tail,
             "lead": self.lead,
+            "adapter_rank": None if self.adapter is None else self.adapter.rank,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             **self.facts,
         }
@@ -161,6 +166,8 @@ class FittedExits:
                 out[f"{stem}.{layer}.bias"] = affine.bias
         if self.proposal is not None:
             out |= {"proposal.left": self.proposal.left, "proposal.right": self.proposal.right}
+        if self.adapter is not None:
+            out |= {f"{_ADAPTER}{name}": part for name, part in self.adapter.tensors().items()}
         return out
 
 
@@ -172,6 +179,7 @@ _OWN_FIELDS = (
     "exit_layers",
     "tail",
     "lead",
+    "adapter_rank",
     "weights_sha256",
 )
 
@@ -198,6 +206,18 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
     proposal = None
     if "proposal.left" in tensors:
         proposal = LowRankProposal(tensors["proposal.left"], tensors["proposal.right"])
+    changes = {
+        name.removeprefix(_ADAPTER): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_ADAPTER)
+    }
+    adapter = Adapter.of_tensors(changes) if changes else None
+    rank = None if adapter is None else adapter.rank
+    if rank != manifest["adapter_rank"]:
+        raise FittedExitsError(
+            f"{WEIGHTS}: found an adapter of rank {rank}; allowed: {manifest['adapter_rank']}, "
+            f"what {MANIFEST} says"
+        )
     return FittedExits(
         model_hash=manifest["model_hash"],
         num_layers=num_layers,
@@ -208,5 +228,6 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
         proposal=proposal,
         tail=int(manifest["tail"]),
         lead=int(manifest["lead"]),
+        adapter=adapter,
         facts={name: value for name, value in manifest.items() if name not in _OWN_FIELDS},
     )

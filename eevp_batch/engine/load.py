@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eevp_batch.engine.attention import Kernel
+from eevp_batch.engine.cut import cut_model
 from eevp_batch.engine.devices import Device, replica_devices
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.host_memory import keep_freed_memory
-from eevp_batch.engine.limits import resolve_limits
 from eevp_batch.engine.placed_model import place_model
 from eevp_batch.engine.prompts import PromptEncoder
-from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.engine.stored_weights import skeleton
 from eevp_batch.engine.tokenizer import load_tokenizer
-from eevp_batch.errors import FittedExitsError, ModelError
+from eevp_batch.errors import ModelError
 from eevp_batch.model_config import (
     ModelConfig,
     prompt_room,
     read_model_config,
-    resolve_exit_layers,
-    resolve_prune_layer,
 )
 from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, ModelSpec, PromptSpec, SamplingSpec
 
@@ -154,51 +148,23 @@ def load_weights(
     return loaded
 
 
-@dataclass(frozen=True, slots=True)
-class CutModel:
-    """A model cut for a job, from which engines are made that differ in their thresholds.
+def original_model(
+    spec: JobSpec, model: ModelConfig, devices: Sequence[Device] = ()
+) -> SegmentedModel:
+    """A job's model as it was before any adapter, beside the one that the job runs.
 
-    Attributes:
-        model: cut at the exit layers, its fitted exits in use.
-        prune_layer: the exit layer that cuts the vocabulary; None: no pruning.
-        proposal: proposes the ids to keep; None: the head itself.
-        short_prompt: how much of a prompt runs no further than the first exit; None: nothing.
-        end_ids: ids that end a generation.
-        context_length: most positions.
+    Args:
+        spec: the job.
+        model: what `read_model_config` said of its model.
+        devices: where it runs, see `place_model`; none: where a model is put.
+
+    Raises:
+        UsageError: it cannot be loaded, or does not fit the devices.
     """
-
-    model: SegmentedModel
-    prune_layer: int | None
-    proposal: Proposal | None
-    short_prompt: ShortPrompt | None
-    end_ids: frozenset[int]
-    context_length: int
-
-    @property
-    def whole(self) -> CutModel:
-        """The same model without exits."""
-        model = self.model.recut([self.model.num_layers])
-        return replace(self, model=model, prune_layer=None, proposal=None, short_prompt=None)
-
-    def engine(
-        self, tokenizer: Any, exit: ExitSpec, sampling: SamplingSpec, engine: EngineSpec
-    ) -> Engine:
-        """An engine around the model, which is not copied.
-
-        Raises:
-            UsageError: the settings do not fit the device.
-        """
-        return Engine(
-            model=self.model,
-            tokenizer=tokenizer,
-            exits=exit,
-            sampling=sampling,
-            prune_layer=self.prune_layer,
-            end_ids=self.end_ids,
-            limits=resolve_limits(engine, self.model, self.context_length),
-            proposal=self.proposal,
-            short_prompt=self.short_prompt,
-        )
+    weights = load_weights(spec.model, model, devices[0].at if devices else None)
+    if devices:
+        return place_model(weights, [model.num_layers], devices)
+    return SegmentedModel(weights, [model.num_layers])
 
 
 def build_engine(
@@ -231,95 +197,3 @@ def build_engine(
     keep_freed_memory()
     found = cut_model(weights, tokenizer, exit, fitted, kernel, cut, devices, engine.kv_memory)
     return found.engine(tokenizer, exit, sampling, engine)
-
-
-def cut_model(
-    weights: PreTrainedModel,
-    tokenizer: Any,
-    exit: ExitSpec,
-    fitted: FittedExits | None = None,
-    kernel: Kernel | None = None,
-    cut: SegmentedModel | None = None,
-    devices: Sequence[Device] = (),
-    kv_memory: int | Literal["auto"] = "auto",
-) -> CutModel:
-    """Cut a loaded model as a job asks for, and let it use its fitted exits.
-
-    Args:
-        weights: a `...ForCausalLM`; from now on its attention is this package's.
-        tokenizer: its tokenizer.
-        exit: exits; layers are resolved against the model.
-        fitted: exit heads, bridges and proposal; None: those of the folder that `exit` names.
-        kernel: lets the model's own modules run, with this attention; None: what is fastest.
-        cut: the model of another engine around the same weights; its layers are shared.
-        devices: where it runs, see `place_model`; none: where the model is.
-        kv_memory: bytes that keys and values may have, or what is free.
-
-    Raises:
-        UsageError: the settings do not fit the model or the devices.
-    """
-    if fitted is None and exit.mode == "on" and exit.heads is not None:
-        fitted = FittedExits.load(Path(exit.heads))
-    config = weights.config
-    exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
-    prune_layer = resolve_prune_layer(exit, exit_layers)
-    factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
-    # Before the model is cut.
-    proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
-    if cut is not None:
-        model = cut.recut(exit_layers)
-    elif devices:
-        model = place_model(
-            weights, exit_layers, devices, None if kv_memory == "auto" else kv_memory
-        )
-    else:
-        model = SegmentedModel(weights, exit_layers, kernel)
-    short_prompt = None
-    if fitted is not None:
-        model.use(_checked(fitted, exit, exit_layers))
-        if exit.prefill == "bridge":
-            short_prompt = ShortPrompt(exit_layers[0], fitted.tail, fitted.lead)
-    return CutModel(
-        model=model,
-        prune_layer=prune_layer,
-        proposal=proposal,
-        short_prompt=short_prompt,
-        end_ids=end_ids(weights, tokenizer),
-        context_length=config.max_position_embeddings,
-    )
-
-
-def _checked(fitted: FittedExits, exit: ExitSpec, exit_layers: list[int]) -> FittedExits:
-    """The fitted exits as this job may use them: no bridges under another KV policy.
-
-    Raises:
-        FittedExitsError: there are none for one of the exit layers.
-    """
-    early = tuple(exit_layers[:-1])
-    if early != fitted.exit_layers:
-        raise FittedExitsError(
-            f"exit.layers: found {list(early)}; allowed: {list(fitted.exit_layers)}, what "
-            "exit.heads was fitted for"
-        )
-    if exit.kv != "bridge":
-        return replace(fitted, bridges={})
-    needed: list[tuple[Kind, int]] = [("generated", layer) for layer in early]
-    if exit.prefill == "bridge":
-        needed.append(("prompt", early[0]))
-    for kind, layer in needed:
-        if (kind, layer) not in fitted.bridges:
-            raise FittedExitsError(
-                f"exit.heads: found no bridge for {kind} tokens at layer {layer}; allowed: a "
-                "folder with one, for exit.kv or exit.prefill is bridge"
-            )
-    return fitted
-
-
-def end_ids(weights: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a generation: of the generation config, else the config, else the tokenizer."""
-    generation = getattr(weights, "generation_config", None)
-    for source in (generation, weights.config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()

@@ -103,12 +103,7 @@ class ModuleLayers:
             keys: [W, num_kv_heads, D].
             rotary: cosines and sines [1, W, D].
         """
-        attention = self._layers[index].self_attn
-        if hasattr(attention, "k_norm"):
-            keys = attention.k_norm(keys)
-        by_head = keys.transpose(0, 1)[None]  # [1, num_kv_heads, W, D]
-        turned: torch.Tensor = apply_rotary_pos_emb(by_head, by_head, *rotary)[1]
-        return turned[0].transpose(0, 1)
+        return turned_keys(self._layers[index].self_attn, keys, rotary)[0].transpose(0, 1)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, which stands before the head at every exit, [B, E] -> [B, E]."""
@@ -126,6 +121,26 @@ class ModuleLayers:
         """Cosines and sines [1, N, D] at positions [N], in the type of `like`."""
         out: tuple[torch.Tensor, ...] = self._rotary(like[None], position_ids=positions[None])
         return out
+
+
+def turned_keys(
+    attention: Any, keys: torch.Tensor, rotary: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Keys as an attention module makes them: normed where the family does that, then rotated.
+
+    Args:
+        attention: transformers' module.
+        keys: [W, num_kv_heads, D].
+        rotary: cosines and sines [1, W, D].
+
+    Returns:
+        [1, num_kv_heads, W, D].
+    """
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    by_head = keys.transpose(0, 1)[None]
+    turned: torch.Tensor = apply_rotary_pos_emb(by_head, by_head, *rotary)[1]
+    return turned
 
 
 class _Waiting:

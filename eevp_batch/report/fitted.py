@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eevp_batch.report.text import number, percent
+from eevp_batch.report.text import duration, number, percent
 
 
 def render_fitted(manifest: Mapping[str, Any]) -> str:
@@ -19,6 +19,15 @@ def render_fitted(manifest: Mapping[str, Any]) -> str:
         f"fitted to {number(data['rows'])} rows, judged by {number(data['held_out_rows'])} others; "
         f"states {data['states_s']} s, fitting {figures['fit_s']} s"
     ]
+    adapter = figures.get("adapter")
+    if adapter is not None:
+        first, last = adapter["curve"][0], adapter["curve"][-1]
+        lines.append(
+            f"  adapter of rank {adapter['settings']['rank']}: {number(adapter['steps'])} steps in "
+            f"{duration(adapter['seconds'])}, loss {first['loss']:.3f} to {last['loss']:.3f}; at "
+            f"full depth {percent(adapter['full_depth_agreement'])} of the tokens are the "
+            "original's"
+        )
     for layer, head in figures["heads"].items():
         leaving = ", ".join(
             f"{percent(share)} at {100 * float(target):g} %"

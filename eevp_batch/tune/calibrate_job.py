@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eevp_batch.engine.load import CutModel, cut_model, load_job_model
+from eevp_batch.engine.cut import CutModel, cut_model
+from eevp_batch.engine.load import load_job_model, original_model
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.proposals import LowRankProposal
 from eevp_batch.errors import CalibrationError
@@ -108,7 +109,8 @@ def run_calibrate(
     binding = job_binding(spec, config)
     weights, tokenizer, encoder, _ = load_job_model(spec, config)
     cut = cut_model(weights, tokenizer, spec.exit)
-    runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine)
+    original = original_model(spec, config) if cut.is_adapted else None
+    runs = FreeRuns(cut, tokenizer, spec.exit, spec.sampling, spec.engine, original)
     parts = split(_rows(spec, fields, encoder, runs, options, say))
     result = calibrate_rows(cut, spec, runs, parts, options, say)
     report = result.to_json() | {"confirmation": None, "file": None}

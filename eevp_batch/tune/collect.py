@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from eevp_batch.engine.fitted import bridge_input, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
-from eevp_batch.tune.heads import Taught, teach
+from eevp_batch.tune.heads import Targets, Taught, last_choices, teach
 from eevp_batch.tune.regression import NormalEquations, RowSums
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
 
@@ -25,20 +26,37 @@ class Collected:
         heads: sums by exit layer; the target, named by the last layer, is the change of the unit
             state up to there.
         taught: deciding tokens by exit layer, for the heads.
+        owners: [S] number of the row of each of them.
         lift: [R, E] of the bridges' inputs; None: they are unit states alone. See `Bridge`.
     """
 
     bridges: Mapping[tuple[Kind, int], NormalEquations]
     heads: Mapping[int, NormalEquations]
     taught: Mapping[int, Taught]
+    owners: torch.Tensor
     lift: torch.Tensor | None = None
 
     def __add__(self, other: Collected) -> Collected:
+        num_rows = int(self.owners.max()) + 1
         return Collected(
             {origin: sums + other.bridges[origin] for origin, sums in self.bridges.items()},
             {e: sums + other.heads[e] for e, sums in self.heads.items()},
             {e: tokens + other.taught[e] for e, tokens in self.taught.items()},
+            torch.cat([self.owners, num_rows + other.owners]),
             self.lift,
+        )
+
+    @property
+    def targets(self) -> Targets:
+        """What the heads are taught, row after row, for a model that is to say the same."""
+        order = self.owners.argsort(stable=True)
+        taught = next(iter(self.taught.values()))
+        counts = torch.bincount(self.owners).tolist()
+        return Targets(
+            taught.best_ids[order],
+            taught.ids[order],
+            taught.probabilities[order],
+            [0, *accumulate(counts)],
         )
 
 
@@ -76,9 +94,10 @@ class _Collector:
         prompt_bridge: bool,
         lead: int,
         lift: torch.Tensor | None,
+        targets: Targets | None,
     ) -> None:
         self._model, self._exits, self._lead = model, list(exit_layers), lead
-        self._lift = lift
+        self._lift, self._targets = lift, targets
         origins: list[tuple[Kind, int]] = [("generated", e) for e in self._exits]
         if prompt_bridge:
             origins.append(("prompt", self._exits[0]))
@@ -89,6 +108,8 @@ class _Collector:
         self._heads = {e: RowSums(width, model.device) for e in self._exits}
         self._units: dict[int, list[torch.Tensor]] = {e: [] for e in self._exits}
         self._taught: list[tuple[torch.Tensor, ...]] = []
+        self._owners: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         self._seen: set[int] = set()
 
     def add(self, forced: ForcedPass) -> None:
@@ -111,7 +132,7 @@ class _Collector:
                         inputs[origin] = self._bridges[origin].block(found)
                         self._bridges[origin].add_inputs(inputs[origin])
             if layer == last:
-                self._teach(hidden[forced.deciding])
+                self._teach(forced, hidden[forced.deciding])
             elif inputs:
                 values = self._model.layers.kv_of(layer, hidden)
                 for origin, block in inputs.items():
@@ -157,8 +178,14 @@ class _Collector:
             torch.tensor(starts, dtype=torch.bool, device=device),
         )
 
-    def _teach(self, hidden: torch.Tensor) -> None:
-        self._taught.append(teach(self._model, hidden))
+    def _teach(self, forced: ForcedPass, hidden: torch.Tensor) -> None:
+        self._owners.append(forced.owners)
+        if self._targets is None:
+            self._taught.append(teach(self._model, hidden))
+        else:
+            given = self._targets.of(forced.row_numbers)
+            self._taught.append((given.best_ids, given.ids, given.probabilities))
+            self._kept.append(last_choices(self._model, hidden) == given.best_ids)
         goal = unit_state(hidden, self._model.norm_eps)
         for e, sums in self._heads.items():
             units = self._units[e][-1]
@@ -169,13 +196,14 @@ class _Collector:
     def collected(self) -> Collected:
         """All of it."""
         best, ids, probabilities = (torch.cat(column) for column in zip(*self._taught, strict=True))
+        kept = torch.cat(self._kept) if self._kept else None
         taught = {
-            e: Taught(torch.cat(units), best, ids, probabilities)
+            e: Taught(torch.cat(units), best, ids, probabilities, kept)
             for e, units in self._units.items()
         }
         bridges = {origin: sums.total() for origin, sums in self._bridges.items()}
         heads = {e: sums.total() for e, sums in self._heads.items()}
-        return Collected(bridges, heads, taught, self._lift)
+        return Collected(bridges, heads, taught, torch.cat(self._owners), self._lift)
 
 
 @torch.no_grad()
@@ -187,6 +215,7 @@ def collect(
     lead: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     lift: int = 0,
+    targets: Targets | None = None,
 ) -> Collected:
     """Run rows through all layers and keep what the fits need.
 
@@ -198,9 +227,10 @@ def collect(
         lead: tokens at the beginning of prompts that are not: they will run at full depth.
         on_progress: told how many rows are done, and of how many.
         lift: R, features that bridges read besides, see `Bridge`; 0: they read states alone.
+        targets: of the rows, what the heads are taught; None: what this model itself says.
     """
-    directions = draw_lift(model, lift)
-    collector, done = _Collector(model, exit_layers, prompt_bridge, lead, directions), 0
+    wanted = (exit_layers, prompt_bridge, lead, draw_lift(model, lift), targets)
+    collector, done = _Collector(model, *wanted), 0
     for forced in forced_passes(model, rows):
         collector.add(forced)
         done += len(forced.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from eevp_batch.spec import (
     PromptSpec,
     SamplingSpec,
 )
+from eevp_batch.tune import adapter_checkpoint
+from eevp_batch.tune.adapted_fit import Adapting, fit_adapted
+from eevp_batch.tune.adapter_training import AdapterSettings
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import measured_costs
-from eevp_batch.tune.fit import FitSettings, fit_exits, split_rows
+from eevp_batch.tune.fit import FitSettings, OnProgress, fit_exits, split_rows
 from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
@@ -129,9 +133,14 @@ def _heads_of(folder: str, model_hash: str) -> Mapping[int, Affine]:
     """The heads of a folder of fitted exits.
 
     Raises:
-        FittedExitsError: they are of another model.
+        FittedExitsError: they are of another model, or of an adapted one.
     """
     fitted = FittedExits.load(Path(folder))
+    if fitted.adapter is not None:
+        raise FittedExitsError(
+            f"{folder}: found an adapter; allowed: exits of the model as it is, which is what is "
+            "looked at"
+        )
     if fitted.model_hash != model_hash:
         raise FittedExitsError(
             f"{folder}: model: found {fitted.model_hash[:12]}; allowed: {model_hash[:12]}, "
@@ -153,6 +162,9 @@ class FitOptions:
         proposal_rank: of the proposal.
         tail: prompt tokens at the end that run at full depth where prompts are bridged.
         seed: of the choice of rows.
+        adapter_rank: of an adapter that is trained first; None: the model stays as it is.
+        adapter_steps: of its training; None: as many as `adapter_minutes` are enough for.
+        adapter_minutes: of its training.
     """
 
     rows: int
@@ -163,6 +175,9 @@ class FitOptions:
     proposal_rank: int
     tail: int
     seed: int
+    adapter_rank: int | None = None
+    adapter_steps: int | None = None
+    adapter_minutes: float = 8.0
 
 
 def run_fit(
@@ -172,6 +187,7 @@ def run_fit(
     folder: str,
     options: FitOptions,
     say: Say,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Fit exits to what a job's model generates for its own prompts, and write them.
 
@@ -181,7 +197,8 @@ def run_fit(
         fields: of its plan, by dotted name.
         folder: where they go.
         options: how.
-        say: progress.
+        say: what is going on.
+        on_progress: how far it is.
 
     Returns:
         The manifest.
@@ -190,7 +207,7 @@ def run_fit(
         UsageError: something cannot be read, or no exit is worth taking.
     """
     refuse_sampling(spec)
-    weights, tokenizer, encoder, _ = load_job_model(spec, config)
+    weights, tokenizer, encoder, devices = load_job_model(spec, config)
     model = SegmentedModel(weights, [config.num_layers])
 
     def engine() -> Engine:
@@ -216,11 +233,18 @@ def run_fit(
         seed=options.seed,
     )
 
-    def tell(stage: str, done: int, total: int) -> None:
-        if done == total:
-            say(f"{stage}: done")
-
-    fit_exits(model, config.content_hash, rows, settings, facts, tell).save(Path(folder))
+    job = (model, config.content_hash, rows, settings)
+    if options.adapter_rank is None:
+        fitted = fit_exits(*job, facts, on_progress)
+    else:
+        training = AdapterSettings(
+            options.adapter_rank, options.adapter_steps, options.adapter_minutes, seed=options.seed
+        )
+        load = partial(load_weights, spec.model, config, devices[0].at)
+        adapting = Adapting(training, load, Path(folder))
+        fitted = fit_adapted(*job, adapting, facts, on_progress)
+    fitted.save(Path(folder))
+    adapter_checkpoint.remove(Path(folder))
     return read_manifest(Path(folder))
 
 

@@ -75,6 +75,67 @@ def split_rows(
     return [rows[n] for n in order[held_out:]], [rows[n] for n in order[:held_out]]
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What passes over a job's rows leave for everything that is fitted.
+
+    Attributes:
+        seen: of the rows to fit to.
+        judged: of held-out rows.
+        fitting: the rows to fit to, by number.
+        settings: with the lead that was found.
+        facts: where the rows are from, how many they are, how long the passes took.
+    """
+
+    seen: Collected
+    judged: Collected
+    fitting: Sequence[Row]
+    settings: FitSettings
+    facts: dict[str, Any]
+
+
+def gather(
+    model: SegmentedModel,
+    rows: Sequence[Row],
+    settings: FitSettings,
+    data: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+    before: Gathered | None = None,
+) -> Gathered:
+    """Run rows through all layers, once those to fit to and once those held out.
+
+    Args:
+        model: cut anywhere.
+        rows: full-depth generations.
+        settings: what is to be fitted.
+        data: where the rows are from.
+        on_progress: progress.
+        before: what the original left of the same rows, where this model is adapted from it; its
+            targets stay what everything is held to.
+
+    Raises:
+        UsageError: too few rows, or exit layers that the model does not have.
+    """
+    model.recut([*settings.exit_layers, model.num_layers])
+    fitting, held_out = split_rows(rows, settings.held_out_share, settings.seed)
+    steps = Steps(on_progress)
+    started = time.perf_counter()
+    lead = settings.lead
+    if lead is None:
+        lead = Beginning([row.prompt_ids for row in rows], settings.tail).length
+        settings = replace(settings, lead=lead)
+    wanted = (settings.exit_layers, settings.prompt_bridge, lead)
+    lift = lift_size(model.hidden_size) if settings.bridge_looks_back else 0
+    targets = (before.seen.targets, before.judged.targets) if before else (None, None)
+    seen = collect(model, fitting, *wanted, steps.of("states"), lift, targets[0])
+    judged = collect(model, held_out, *wanted, steps.of("held-out states"), lift, targets[1])
+    states_s = time.perf_counter() - started + (before.facts["states_s"] if before else 0.0)
+    counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
+    keys = " ".join(sorted({prompt_key(row.prompt_ids) for row in rows}))
+    facts = {**(data or {}), **counts, "states_s": round(states_s, 2), "prompt_keys": keys}
+    return Gathered(seen, judged, fitting, settings, facts)
+
+
 def fit_exits(
     model: SegmentedModel,
     model_hash: str,
@@ -96,23 +157,9 @@ def fit_exits(
     Raises:
         UsageError: too few rows, or exit layers that the model does not have.
     """
-    model.recut([*settings.exit_layers, model.num_layers])
-    fitting, held_out = split_rows(rows, settings.held_out_share, settings.seed)
-    steps = _Steps(on_progress)
-    started = time.perf_counter()
-    lead = settings.lead
-    if lead is None:
-        lead = Beginning([row.prompt_ids for row in rows], settings.tail).length
-        settings = replace(settings, lead=lead)
-    wanted = (settings.exit_layers, settings.prompt_bridge, lead)
-    lift = lift_size(model.hidden_size) if settings.bridge_looks_back else 0
-    seen = collect(model, fitting, *wanted, steps.of("states"), lift)
-    judged = collect(model, held_out, *wanted, steps.of("held-out states"), lift)
-    states_s = time.perf_counter() - started
-    counts = {"rows": len(fitting), "held_out_rows": len(held_out)}
-    keys = " ".join(sorted({prompt_key(row.prompt_ids) for row in rows}))
-    facts = {**(data or {}), **counts, "states_s": round(states_s, 2), "prompt_keys": keys}
-    return fit_collected(model, model_hash, seen, judged, settings, facts, on_progress)
+    found = gather(model, rows, settings, data, on_progress)
+    parts = (found.seen, found.judged, found.settings, found.facts)
+    return fit_collected(model, model_hash, *parts, on_progress)
 
 
 def fit_collected(
@@ -138,8 +185,8 @@ def fit_collected(
     Raises:
         UsageError: too few tokens of a kind.
     """
-    steps, started = _Steps(on_progress), time.perf_counter()
-    bridges, bridge_figures = _fit_bridges(model, seen, judged, settings, steps)
+    steps, started = Steps(on_progress), time.perf_counter()
+    bridges, bridge_figures = fit_bridges(model, seen, judged, settings, steps)
     heads, head_facts = _fit_heads(model, seen, judged, settings, steps)
     first = settings.exit_layers[0]
     proposal, recall = None, {}
@@ -166,7 +213,7 @@ def fit_collected(
     )
 
 
-class _Steps:
+class Steps:
     """Names the parts of a fit to whoever listens."""
 
     def __init__(self, on_progress: OnProgress | None) -> None:
@@ -182,13 +229,14 @@ class _Steps:
         return tell
 
 
-def _fit_bridges(
+def fit_bridges(
     model: SegmentedModel,
     seen: Collected,
     judged: Collected,
     settings: FitSettings,
-    steps: _Steps,
+    steps: Steps,
 ) -> tuple[dict[tuple[Kind, int], Bridge], dict[str, Any]]:
+    """The bridges of every kind of token and exit, and their figures; see `fit_collected`."""
     bridges, figures = {}, {}
     tell = steps.of("bridges")
     for done, (origin, sums) in enumerate(seen.bridges.items(), 1):
@@ -213,7 +261,7 @@ def _fit_heads(
     seen: Collected,
     judged: Collected,
     settings: FitSettings,
-    steps: _Steps,
+    steps: Steps,
 ) -> tuple[dict[int, Affine], dict[str, Any]]:
     heads, figures = {}, {}
     for e in settings.exit_layers:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from eevp_batch.calibration_file import RiskKind
+from eevp_batch.engine.cut import CutModel
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.load import CutModel
+from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.stops import StopStrings
 from eevp_batch.errors import CalibrationError, UsageError
 from eevp_batch.records import Generation, Prompt
@@ -43,6 +44,7 @@ class FreeRuns:
         exit: of the job; its thresholds are not used.
         sampling: of the job.
         limits: batch and memory.
+        original: the model without its adapter, where it has one; full depth is what this says.
     """
 
     def __init__(
@@ -52,19 +54,22 @@ class FreeRuns:
         exit: ExitSpec,
         sampling: SamplingSpec,
         limits: EngineSpec,
+        original: SegmentedModel | None = None,
     ) -> None:
-        self._cut, self._tokenizer = cut, tokenizer
+        self._cut, self._tokenizer, self._original = cut, tokenizer, original
         self._exit, self._sampling, self._limits = exit, sampling, limits
         self._stops = StopStrings(sampling.stop, self._decode)
         self.max_new_tokens = sampling.max_new_tokens
 
     def engine(self, thresholds: Thresholds | None) -> Engine:
-        """An engine with these thresholds; None: without exits. Its model is not copied."""
+        """An engine with these thresholds; None: full depth. Its model is not copied."""
         if thresholds is not None:
             exit = self._exit.model_copy(update={"threshold": list(thresholds)})
             return self._cut.engine(self._tokenizer, exit, self._sampling, self._limits)
         off = ExitSpec(mode="off")
-        return self._cut.whole.engine(self._tokenizer, off, self._sampling, self._limits)
+        return self._cut.whole(self._original).engine(
+            self._tokenizer, off, self._sampling, self._limits
+        )
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of a generation, as the engine would give it."""

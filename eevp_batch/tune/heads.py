@@ -7,7 +7,9 @@ for the last layer's unit state and is then fitted to the full model's distribut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 
@@ -15,7 +17,6 @@ from eevp_batch.engine.fitted import Affine
 from eevp_batch.engine.pruned_vocab import exact_best, top_k
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.tune.search import boldest
 
 SCORED_ROWS = 64
 """States scored at a time: what the engine found fastest on a CPU."""
@@ -32,22 +33,57 @@ class Taught:
         best_ids: [S] the full model's choices.
         ids: [S, K] int64 its likeliest ids.
         probabilities: [S, K] float32 theirs.
+        kept: [S] bool, whether the last layer behind these states makes the same choice; None: it
+            is the one that made it.
     """
 
     units: torch.Tensor
     best_ids: torch.Tensor
     ids: torch.Tensor
     probabilities: torch.Tensor
+    kept: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.units)
 
     def __add__(self, other: Taught) -> Taught:
+        kept = None
+        if self.kept is not None and other.kept is not None:
+            kept = torch.cat([self.kept, other.kept])
         return Taught(
             torch.cat([self.units, other.units]),
             torch.cat([self.best_ids, other.best_ids]),
             torch.cat([self.ids, other.ids]),
             torch.cat([self.probabilities, other.probabilities]),
+            kept,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the full model made of rows' generated tokens, row after row.
+
+    Attributes:
+        best_ids: [S] its choices.
+        ids: [S, K] int64 its likeliest ids.
+        probabilities: [S, K] float32 theirs.
+        starts: of each row, and S.
+    """
+
+    best_ids: torch.Tensor
+    ids: torch.Tensor
+    probabilities: torch.Tensor
+    starts: Sequence[int]
+
+    def of(self, row_numbers: Sequence[int]) -> Targets:
+        """Those of some rows, in that order."""
+        spans = [range(self.starts[number], self.starts[number + 1]) for number in row_numbers]
+        places = torch.tensor(list(chain(*spans)), dtype=torch.int64, device=self.ids.device)
+        return Targets(
+            self.best_ids[places],
+            self.ids[places],
+            self.probabilities[places],
+            [0, *accumulate(map(len, spans))],
         )
 
 
@@ -80,6 +116,17 @@ def teach(
         ids.append(columns)
         probabilities.append((values.float() - found.lse[:, None]).exp())
     return torch.cat(best), torch.cat(ids), torch.cat(probabilities)
+
+
+@torch.no_grad()
+def last_choices(model: SegmentedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """What a model says of states [S, E] after its last layer, [S]."""
+    found = []
+    for rows in torch.split(hidden, SCORED_ROWS):
+        normed = model.normed(rows)
+        scores = model.scores(normed)
+        found.append(exact_best(normed, model.head_weight, scores, None, summarise(scores)))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +174,20 @@ def share_leaving(found: Choices, best_ids: torch.Tensor, target: float) -> floa
     return float(good[-1] + 1) / len(agrees) if len(good) else 0.0
 
 
-def share_leaving_of_all(found: Choices, best_ids: torch.Tensor, target: float) -> float:
+def share_leaving_of_all(found: Choices, tokens: Taught, target: float) -> float:
     """The largest share of tokens that leaves with at least `target` of *all* tokens as they were.
 
-    Those that stay are as they were by definition. As optimistic as `share_leaving`.
+    Those that stay are what the last layer says. As optimistic as `share_leaving`.
     """
-    agrees = found.ids == best_ids
+    order = found.margins.argsort(descending=True, stable=True)
+    margins, agrees = found.margins[order], (found.ids == tokens.best_ids)[order]
+    stays = torch.ones_like(agrees) if tokens.kept is None else tokens.kept[order]
+    # Wrong tokens once the n most confident leave, n = 0..S.
+    changes = (~agrees).long() - (~stays).long()
+    wrong = torch.nn.functional.pad(changes.cumsum(0), (1, 0)) + int((~stays).sum())
     allowed = int((1 - target) * len(agrees) + 1e-9)
-    threshold = boldest(found.margins, agrees, allowed)
-    return float((found.margins > threshold).double().mean())
+    # A threshold cannot part tokens of one confidence, and what has none at all never leaves.
+    ends = torch.nn.functional.pad(margins[1:] != margins[:-1], (1, 1), value=True)
+    ends[1:] &= margins > 0
+    good = ((wrong <= allowed) & ends).nonzero()
+    return float(good[-1]) / len(agrees) if len(good) else 0.0

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from eevp_batch.engine.cut import end_ids
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.limits import resolve_limits
-from eevp_batch.engine.load import end_ids
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.records import Generation, Prompt

@@ -14,7 +14,7 @@ from eevp_batch.engine.fitted import Affine, unit_state
 from eevp_batch.engine.pruned_vocab import exact_best
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.tune.heads import SCORED_ROWS, head_output
+from eevp_batch.tune.heads import SCORED_ROWS, head_output, last_choices
 from eevp_batch.tune.regression import NormalEquations, RowSums, affine, fit_ridge
 from eevp_batch.tune.search import LayerTable
 from eevp_batch.tune.states import ForcedPass, Row, forced_passes
@@ -77,8 +77,7 @@ def survey(
     done = 0
     for forced in forced_passes(model, rows, SURVEY_TOKENS):
         states = _deciding(forced, {*layers, model.num_layers})
-        normed = model.normed(states[model.num_layers])
-        best = torch.cat([_best(model, some) for some in torch.split(normed, SCORED_ROWS)])
+        best = last_choices(model, states[model.num_layers])
         for layer in layers:
             parts[layer].append(_view(model, states[layer], heads.get(layer), best))
         done += len(forced.rows)
@@ -90,11 +89,6 @@ def survey(
 def _deciding(forced: ForcedPass, layers: set[int]) -> dict[int, torch.Tensor]:
     """States [S, E] of the deciding tokens after some layers."""
     return {layer: hidden[forced.deciding] for layer, hidden in forced.layers() if layer in layers}
-
-
-def _best(model: SegmentedModel, normed: torch.Tensor) -> torch.Tensor:
-    scores = model.scores(normed)
-    return exact_best(normed, model.head_weight, scores, None, summarise(scores))
 
 
 def _view(

@@ -23,8 +23,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from eevp_batch.engine.cut import cut_model
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.load import cut_model, load_weights
+from eevp_batch.engine.load import load_weights
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.fitted_config import read_manifest

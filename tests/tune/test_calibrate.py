@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from eevp_batch.calibration_file import Calibration
-from eevp_batch.engine.load import CutModel, end_ids
+from eevp_batch.engine.cut import CutModel, end_ids
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import CalibrationError, UsageError
 from eevp_batch.spec import DecaySpec, EngineSpec, ExitSpec, SamplingSpec, VocabSpec

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from eevp_batch.engine.cut import end_ids
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
-from eevp_batch.engine.load import build_engine, end_ids
+from eevp_batch.engine.load import build_engine
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import ShortPrompt
 from eevp_batch.errors import UsageError

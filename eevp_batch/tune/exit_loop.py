@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from eevp_batch.engine.fitted import Bridge, bridge_input, unit_state
 from eevp_batch.engine.module_layers import turned_keys
-from eevp_batch.engine.score_summary import summarise
+from eevp_batch.engine.score_summary import ScoreSummary, summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.tune.head_training import WhitenedHead, float_normed, kl_of_scores
@@ -292,20 +292,26 @@ class ExitLoop:
             normed = self._heads[number].normed(self._model, states[places])
         losses, right, parts, margins = 0.0, 0, [], []
         for rows, numbers in zip(normed.split(_SCORED), reached.split(_SCORED), strict=True):
-            scores = self._model.scores(rows.detach().to(self._model.dtype))
-            found, wanted = summarise(scores), pack.targets
-            right += int((scores.argmax(-1) == wanted.best_ids[numbers]).sum())
-            margins.append((found.best - found.lse).exp() - (found.second - found.lse).exp())
-            some = (wanted.ids[numbers], wanted.probabilities[numbers])
-            loss, gradient = kl_of_scores(self._model, scores, *some)
+            loss, gradient, found = self._scored(rows, pack.targets, numbers)
             losses += loss * len(rows)
             parts.append((rows * gradient).sum())
+            right += int((found.column == pack.targets.best_ids[numbers]).sum())
+            margins.append((found.best - found.lse).exp() - (found.second - found.lse).exp())
         leaves = torch.zeros_like(running.places, dtype=torch.bool)
         if bars is not None:
             sure = torch.cat(margins) > bars[pack.owners[running.places[places]]]
             leaves[places[sure]] = True
             leaves &= pack.may_leave[running.places]
         return Said(number, losses, torch.stack(parts).sum(), right, len(reached)), leaves
+
+    @torch.no_grad()
+    def _scored(
+        self, normed: torch.Tensor, targets: Targets, numbers: torch.Tensor
+    ) -> tuple[float, torch.Tensor, ScoreSummary]:
+        """Mean loss of some tokens, the gradient of its sum, and what else their scores say."""
+        scores = self._model.scores(normed.to(self._model.dtype))
+        wanted = (targets.ids[numbers], targets.probabilities[numbers])
+        return *kl_of_scores(self._model, scores, *wanted), summarise(scores)
 
     def _stop(
         self,

@@ -53,6 +53,7 @@ def test_a_merged_engine_says_what_transformers_with_the_change_says(
     any_tiny_model: Path, prompts: list[Prompt], stored: bool
 ) -> None:
     plain = load_model(any_tiny_model)
+    prompts = prompts[:8]
     before = {(p.row_id, 0): oracle(plain, p) for p in prompts}
     adapter = changed(plain).adapter()
     expected = {(p.row_id, 0): oracle(plain, p) for p in prompts}

@@ -94,7 +94,8 @@ def compare(scene: Scene, bar: float, is_short: bool) -> None:
     said = scene.run(rows, bar, is_short)
     cut = scene.model.recut([*LAYERS, NUM_LAYERS])
     cut.use(scene.fitted)
-    exits = ExitSpec(layers=list(LAYERS), kv="bridge", vocab=VocabSpec(top_k=None))
+    vocab = VocabSpec(top_k=None)
+    exits = ExitSpec(layers=list(LAYERS), heads="given", kv="bridge", vocab=vocab)
     short = scene.short if is_short else None
     settings = ReplaySettings(exits, SamplingSpec(max_new_tokens=20), None, [1], None, short)
     (replayed,) = Replay(cut, settings).run(rows, [[bar, bar]])

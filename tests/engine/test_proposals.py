@@ -175,7 +175,7 @@ def demo_states(model: PreTrainedModel, path: Path, layer: int) -> torch.Tensor:
 def test_the_demo_models_best_id_is_kept(
     demo_model_path: Path, vocab: VocabSpec, least: float
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.float32).eval()
     normed = demo_states(model, demo_model_path, 10)
     proposal = make_proposal(model, vocab, 10)
     assert proposal is not None and vocab.top_k is not None

@@ -107,6 +107,26 @@ def _is_gathering_cheaper(weight: torch.Tensor, k: int, max_batch: int) -> bool:
     return max_batch * k < GATHER_LIMIT * len(weight)
 
 
+def _columns(
+    proposal: Proposal | None, always: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Ids [C] int32 of a proposal's columns, None for all; the columns of those always kept."""
+    if proposal is None or proposal.ids is None:
+        return None, always
+    return proposal.ids.to(torch.int32), torch.searchsorted(proposal.ids, always)
+
+
+def _checked_k(top_k: int, widest: int, num_always: int) -> int:
+    """K, at most as many ids as there are."""
+    k = min(top_k, widest)
+    if k < num_always:
+        raise UsageError(
+            f"exit.vocab.top_k: found {k}; allowed: at least {num_always}, "
+            "for the end and stop ids are always kept"
+        )
+    return k
+
+
 class ExitRule:
     """Decides at every exit; holds what the pruned vocabulary leaves behind from exit to exit.
 
@@ -148,19 +168,9 @@ class ExitRule:
         early = [depth for depth in range(self._last) if depth not in borders]
         self._thresholds = _by_depth(exits.threshold, early)
         self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
-        self._column_ids: torch.Tensor | None = None
-        self._always_columns = self._always
-        widest = self._vocab_size
-        if proposal is not None and proposal.ids is not None:
-            self._column_ids = proposal.ids.to(torch.int32)
-            self._always_columns = torch.searchsorted(proposal.ids, self._always)
-            widest = len(proposal.ids)
-        self._k = min(exits.vocab.top_k or widest, widest)
-        if self._k < len(self._always):
-            raise UsageError(
-                f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
-                "for the end and stop ids are always kept"
-            )
+        self._column_ids, self._always_columns = _columns(proposal, self._always)
+        widest = self._vocab_size if self._column_ids is None else len(self._column_ids)
+        self._k = _checked_k(exits.vocab.top_k or widest, widest, len(self._always))
         self._gathers = _is_gathering_cheaper(weight, self._k, max_batch)
         if proposal is not None and not proposal.is_exact and not self._gathers:
             _log.warning(_WASTED, self._k, max_batch)

@@ -100,13 +100,11 @@ def compare(scene: Scene, bar: float, is_short: bool) -> None:
     settings = ReplaySettings(exits, SamplingSpec(max_new_tokens=20), None, [1], None, short)
     (replayed,) = Replay(cut, settings).run(rows, [[bar, bar]])
     # A prompt's last token always runs on, so that a row's first token counts to the end.
-    later = [
-        (layer, found == wanted)
-        for one, row in zip(replayed, rows, strict=True)
-        for layer, found, wanted in list(
-            zip(one.exit_layers, one.token_ids, row.generated_ids, strict=True)
-        )[1:]
-    ]
+    later = []
+    for one, row in zip(replayed, rows, strict=True):
+        wanted = scene.found.seen.targets.of([scene.found.fitting.index(row)]).best_ids.tolist()
+        places = list(zip(one.exit_layers, one.token_ids, wanted, strict=True))
+        later += [(layer, token_id == best) for layer, token_id, best in places[1:]]
     for one in said:
         reached = [right for layer, right in later if layer >= one.layer]
         assert one.count == len(reached) + len(rows), f"who comes to layer {one.layer}"

@@ -111,6 +111,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, tiny_llama: Path) -> Non
     assert looked.exit_code == 2 and "found an adapter" in looked.stderr
     alone = invoke("fit", job, tmp_path / "out", "--adapter-steps", 3)
     assert alone.exit_code == 2 and "--adapter-steps: found no --adapter-rank" in alone.stderr
+    half = invoke("fit", job, tmp_path / "o", "--adapter-rank", 2, "--set", "model.dtype=float16")
+    assert half.exit_code == 2 and "model.dtype: found float16" in half.stderr
     for option in (("--adapter-rank", 0), ("--adapter-rank", 2, "--adapter-minutes", 0)):
         assert invoke("fit", job, tmp_path / "out", *option).exit_code == 2
 

@@ -209,6 +209,11 @@ def run_fit(
         UsageError: something cannot be read, or no exit is worth taking.
     """
     refuse_sampling(spec)
+    if options.adapter_rank is not None and spec.model.dtype == "float16":
+        raise UsageError(
+            "model.dtype: found float16; allowed with --adapter-rank: bfloat16 or float32, in "
+            "which small gradients do not vanish"
+        )
     weights, tokenizer, encoder, devices = load_job_model(spec, config)
     model = SegmentedModel(weights, [config.num_layers])
 

@@ -209,11 +209,7 @@ def run_fit(
         UsageError: something cannot be read, or no exit is worth taking.
     """
     refuse_sampling(spec)
-    if options.adapter_rank is not None and spec.model.dtype == "float16":
-        raise UsageError(
-            "model.dtype: found float16; allowed with --adapter-rank: bfloat16 or float32, in "
-            "which small gradients do not vanish"
-        )
+    training = _training(spec, options)
     weights, tokenizer, encoder, devices = load_job_model(spec, config)
     model = SegmentedModel(weights, [config.num_layers])
 
@@ -240,20 +236,33 @@ def run_fit(
         tail=options.tail,
         seed=options.seed,
     )
-
     job = (model, config.content_hash, rows, settings)
-    if options.adapter_rank is None:
+    if training is None:
         fitted = fit_exits(*job, facts, on_progress)
     else:
-        training = AdapterSettings(
-            options.adapter_rank, options.adapter_steps, options.adapter_minutes, seed=options.seed
-        )
         load = partial(load_weights, spec.model, config, devices[0].at)
         adapting = Adapting(training, load, Path(folder))
         fitted = fit_adapted(*job, adapting, facts, on_progress)
     fitted.save(Path(folder))
     adapter_checkpoint.remove(Path(folder))
     return read_manifest(Path(folder))
+
+
+def _training(spec: JobSpec, options: FitOptions) -> AdapterSettings | None:
+    """How an adapter is trained; None: none is asked for.
+
+    Raises:
+        UsageError: it cannot be trained in the job's number type.
+    """
+    if options.adapter_rank is None:
+        return None
+    if spec.model.dtype == "float16":
+        raise UsageError(
+            "model.dtype: found float16; allowed with --adapter-rank: bfloat16 or float32, in "
+            "which small gradients do not vanish"
+        )
+    chosen = (options.adapter_rank, options.adapter_steps, options.adapter_minutes)
+    return AdapterSettings(*chosen, seed=options.seed)
 
 
 def _searched(

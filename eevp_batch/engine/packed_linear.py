@@ -39,7 +39,7 @@ class PackedLinear:
         weight = weight.detach()
         self._bias = None if bias is None else bias.detach()
         self._narrow: torch.dtype | None = None
-        if _lacks_products(weight) if widens is None else widens:
+        if lacks_products(weight) if widens is None else widens:
             self._narrow = weight.dtype
             weight = weight.float()
             self._bias = None if self._bias is None else self._bias.float()
@@ -61,7 +61,7 @@ class PackedLinear:
         return out
 
 
-def _lacks_products(weight: torch.Tensor) -> bool:
+def lacks_products(weight: torch.Tensor) -> bool:
     """Whether this is a bfloat16 weight on a CPU that multiplies none."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
@@ -87,7 +87,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if weight.device.type != "cpu" or not has_onednn:
         return None
-    if _lacks_products(weight) or weight.dtype not in (torch.bfloat16, torch.float32):
+    if lacks_products(weight) or weight.dtype not in (torch.bfloat16, torch.float32):
         return None
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
     return packed

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eevp_batch.engine.adapter import Adapter, merge
 from eevp_batch.engine.fitted import FittedExits
+from eevp_batch.engine.packed_linear import lacks_products
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import ShortPrompt
 from eevp_batch.engine.stored_weights import settle
@@ -114,6 +115,8 @@ def _trained(
         heads[layer] = WhitenedHead(start, seen.taught[layer].units)
     weights = adapting.load()
     settle(weights.model, model.device)
+    if lacks_products(weights.model.embed_tokens.weight):
+        weights.model.float()
     training = AdapterTraining(
         model,
         LoraModel(weights, adapting.settings.rank, adapting.settings.seed),

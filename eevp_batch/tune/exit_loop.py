@@ -244,6 +244,7 @@ class ExitLoop:
         self._model, self._body = model, body
         self._heads, self._bridges = heads, bridges
         self._first = min(heads)
+        self._dtype = body.embed_tokens.weight.dtype  # of its products
         body.config._attn_implementation = ATTENTION_NAME
 
     def run(self, pack: LoopPack, bars: torch.Tensor, is_short: torch.Tensor) -> Iterator[Said]:
@@ -325,13 +326,12 @@ class ExitLoop:
     ) -> torch.Tensor:
         """Stop the tokens of each kind, [M] bool; the states of the others."""
         stays, stopped = torch.ones_like(running.places, dtype=torch.bool), []
-        dtype = self._model.dtype
         for kind, stops in kinds.items():
             places = running.places[stops]
             if not len(places):
                 continue
             before = first[pack.previous[places]].masked_fill(pack.starts[places, None], 0.0)
-            states = (units[stops].to(dtype), before.to(dtype))
+            states = (units[stops].to(self._dtype), before.to(self._dtype))
             stopped.append(_Stopped.at(places, *states, self._bridges[kind, number]))
             stays &= ~stops
         running.stop(stopped, stays)

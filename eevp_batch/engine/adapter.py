@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -127,7 +128,7 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
             "exit.heads: found another adapter than the one that was merged into this model; "
             "allowed: one adapter for a loaded model"
         )
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, change in adapter.changes.items():
         module = modules.get(name)
         found = (len(change.up), change.down.shape[1])
@@ -139,7 +140,7 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
             )
         if has_offloaded_params(module):
             hook = module._hf_hook
-            hook.weights_map = _Changed(hook.weights_map, change)  # type: ignore[union-attr, assignment]
+            hook.weights_map = _Changed(hook.weights_map, change)
         else:
-            module.weight.copy_(change.added_to(module.weight))  # type: ignore[operator, arg-type]
+            module.weight.copy_(change.added_to(module.weight))
     setattr(model, _MARK, adapter.digest)

@@ -114,9 +114,10 @@ def _trained(
         start = ridge_head(model, seen.heads[layer], judged.heads[layer])
         heads[layer] = WhitenedHead(start, seen.taught[layer].units)
     weights = adapting.load()
-    settle(weights.model, model.device)
-    if lacks_products(weights.model.embed_tokens.weight):
-        weights.model.float()
+    body: Any = weights.model
+    settle(body, model.device)
+    if lacks_products(body.embed_tokens.weight):
+        body.float()
     training = AdapterTraining(
         model,
         LoraModel(weights, adapting.settings.rank, adapting.settings.seed),

@@ -138,6 +138,8 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
                 f"exit.heads: adapter of {name}: found shape {found}; allowed: {allowed}, that of "
                 "the model's weight"
             )
+    for name, change in adapter.changes.items():
+        module = modules[name]
         if has_offloaded_params(module):
             hook = module._hf_hook
             hook.weights_map = _Changed(hook.weights_map, change)

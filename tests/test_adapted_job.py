@@ -25,6 +25,8 @@ from tests.real_jobs import run_in_process
 from tests.tiny_models import NUM_LAYERS
 from tests.tune.test_fit_command import job_file
 
+SIZE = 0.3  # of a change that makes a model say other things
+
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -36,7 +38,7 @@ def config_of(path: Path) -> ModelConfig:
 
 def adapted_job(folder: Path, model: Path, **exit: Any) -> Path:
     """A job with an adapter that changes what the model says, and with nothing else fitted."""
-    adapter = changed(load_model(model)).adapter()
+    adapter = changed(load_model(model), size=SIZE).adapter()
     digest = config_of(model).content_hash
     exits = FittedExits(digest, NUM_LAYERS, 32, (3,), adapter=adapter, facts={"data": {}})
     exits.save(folder / "fitted")
@@ -73,7 +75,7 @@ def test_the_job_s_full_depth_is_the_adapted_model_s(tmp_path: Path, tiny_llama:
     settings = {"max_new_tokens": 12}
     assert isinstance(found, Generation)
     assert found.token_ids != oracle(whole, prompt, **settings)
-    changed(whole)
+    changed(whole, size=SIZE)
     assert found.token_ids == oracle(whole, prompt, **settings)
 
 

@@ -160,7 +160,7 @@ def fit(
     job = prepare(spec, [*overrides, *_AT_FULL_DEPTH])
     check_prompts(job)
     chosen = FitOptions(layers=numbers, **options)
-    with make_stages(click.get_text_stream("stderr")) as shown:
+    with make_stages(sys.stderr) as shown:
         manifest = run_fit(
             job.spec, job.model, job.plan.fields, folder, chosen, shown.message, shown.update
         )

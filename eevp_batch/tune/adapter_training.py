@@ -230,8 +230,8 @@ class AdapterTraining:
         bars = LEAST_BAR + (MOST_BAR - LEAST_BAR) * draws[0]
         said = list(self._loop.run(pack, bars, draws[1] < 0.5))
         count = len(pack.deciding) * self._settings.accumulate
-        loss = sum(self._weight(one.layer) * one.surrogate for one in said) / count
-        torch.autograd.backward(loss)
+        losses = [self._weight(one.layer) * one.surrogate for one in said]
+        torch.autograd.backward(torch.stack(losses).sum() / count)
         return said
 
     def _weight(self, layer: int) -> float:

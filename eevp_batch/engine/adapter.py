@@ -70,7 +70,7 @@ class Adapter:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything by name."""
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for name, change in self.changes.items():
             out |= {f"{name}.up": change.up, f"{name}.down": change.down}
         return out

@@ -81,15 +81,16 @@ class LoopPack:
                 stops = position in skipped
                 starts = stops and position == skipped.start
                 generated = position >= num_prompt
-                flags = (int(generated), int(stops), int(starts))
-                columns.append((row.fed_ids[position], position, owner, max(0, before - 1), *flags))
+                kinds = (int(generated), int(stops), int(starts))
+                columns.append((row.fed_ids[position], position, owner, max(0, before - 1), *kinds))
                 if position >= num_prompt - 1:
                     deciding.append(place)
         device = targets.ids.device
         table = torch.tensor(columns, dtype=torch.int64, device=device).T
-        *numbers, leave, stop, start = table
+        ids, at, owners, previous, leave, stop, start = table.unbind()
         places = torch.tensor(deciding, dtype=torch.int64, device=device)
-        return cls(*numbers, leave.bool(), stop.bool(), start.bool(), places, targets)
+        flags = (leave.bool(), stop.bool(), start.bool())
+        return cls(ids, at, owners, previous, *flags, places, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,9 @@ class ExitLoop:
         else:
             normed = self._heads[number].normed(self._model, states[places])
         losses, right, parts, margins = 0.0, 0, [], []
-        for rows, numbers in zip(normed.split(_SCORED), reached.split(_SCORED), strict=True):
+        for rows, numbers in zip(
+            torch.split(normed, _SCORED), torch.split(reached, _SCORED), strict=True
+        ):
             loss, gradient, found = self._scored(rows, pack.targets, numbers)
             losses += loss * len(rows)
             parts.append((rows * gradient).sum())

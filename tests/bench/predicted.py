@@ -11,7 +11,6 @@ Usage: python -m tests.bench.predicted [--kinds sleep,demo] [--rounds 2] [--out 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from eevp_batch.cluster.progress import Progress
 from eevp_batch.report.scaling import Pace, measure_pace, predict
 from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
-from tests.bench.machine import CpuMeter, setup
+from tests.bench.machine import CpuMeter, setup, write_json
 from tests.cluster.jobs import make_job
 from tests.cluster.scripted import Script
 from tests.conftest import DEMO_MODEL, ROOT
@@ -152,9 +151,8 @@ def main() -> None:
     for kind in chosen.kinds.split(","):
         every += compare(kind, chosen.rounds)
         show(every)
-        if chosen.out:
-            content = {"setup": setup(("eevp-batch", "torch", "ray")), "cases": every}
-            chosen.out.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"setup": setup(("eevp-batch", "torch", "ray")), "cases": every}
+        write_json(chosen.out, content)
 
 
 if __name__ == "__main__":

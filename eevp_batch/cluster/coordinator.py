@@ -7,7 +7,7 @@ it, and what it holds does not grow with the rows that are done.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eevp_batch.cluster import news, rules, stall
@@ -21,7 +21,7 @@ from eevp_batch.cluster.handout import Handout
 from eevp_batch.cluster.headcount import Headcount
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.phases import Phases
-from eevp_batch.cluster.placement import PlacementWatch
+from eevp_batch.cluster.placement_watch import PlacementWatch
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
 from eevp_batch.cluster.replica import GivenUp
 from eevp_batch.cluster.staffing import Staffing
@@ -33,6 +33,7 @@ from eevp_batch.storage.plan import Plan
 
 LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
+_TOUR_EVERY_S = 0.05
 
 
 class Coordinator:
@@ -96,7 +97,7 @@ class Coordinator:
             lambda: fleet.room(),
             on_message,
         )
-        self._look_due_s = 0.0
+        self._look_due_s = self._tour_due_s = 0.0
         self._waiting, self._in_storage = Stopwatch(), self._diary.in_storage
         self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
@@ -132,12 +133,9 @@ class Coordinator:
         """
         for found in self._phases.start():
             self._diary.tell(found)
+        outcomes: list[Outcome] = []
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
-            self.recoveries += self._staffing.release_leavers()
-            if not self._is_draining:
-                self._staffing.start(time.monotonic())
-                self._handout.pending()
-                self._handout.learning(self._plan.num_rows - self.totals.rows)
+            self._hand_out(outcomes)
             with self._waiting:
                 outcomes = list(self._fleet.wait(_TICK_S))
             for outcome in outcomes:
@@ -148,6 +146,27 @@ class Coordinator:
         self._on_progress(self.progress())
         if self._has_too_many_errors:
             rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
+
+    def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
+        """Give work to whoever has room for more.
+
+        Mostly that is who has just finished something. A tour of all replicas, which takes longer
+        the more there are, is made now and then, and at once after anything else has happened.
+
+        Args:
+            outcomes: what has just been taken in.
+        """
+        now_s = time.monotonic()
+        if now_s < self._tour_due_s and all(outcome.is_ordinary for outcome in outcomes):
+            if not self._is_draining:
+                self._handout.refill(outcome.slot for outcome in outcomes if outcome.lease)
+            return
+        self._tour_due_s = now_s + _TOUR_EVERY_S
+        self.recoveries += self._staffing.release_leavers()
+        if not self._is_draining:
+            self._staffing.start(now_s)
+            self._handout.pending()
+            self._handout.learning(self._plan.num_rows - self.totals.rows)
 
     def progress(self) -> Progress:
         """The job now."""

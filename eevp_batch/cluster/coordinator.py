@@ -33,7 +33,8 @@ from eevp_batch.storage.plan import Plan
 
 LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
-_TOUR_EVERY_S = 0.05
+_MOST_REFILLS = 16
+"""Turns in a row in which only those get work that have just finished something."""
 
 
 class Coordinator:
@@ -97,7 +98,7 @@ class Coordinator:
             lambda: fleet.room(),
             on_message,
         )
-        self._look_due_s = self._tour_due_s = 0.0
+        self._look_due_s, self._num_refills = 0.0, 0
         self._waiting, self._in_storage = Stopwatch(), self._diary.in_storage
         self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
@@ -150,21 +151,22 @@ class Coordinator:
     def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
         """Give work to whoever has room for more.
 
-        Mostly that is who has just finished something. A tour of all replicas, which takes longer
-        the more there are, is made now and then, and at once after anything else has happened.
+        Mostly that is who has just finished something. All replicas are looked at, which takes
+        longer the more there are, when nothing or anything else has happened, and now and then.
 
         Args:
             outcomes: what has just been taken in.
         """
-        now_s = time.monotonic()
-        if now_s < self._tour_due_s and all(outcome.is_ordinary for outcome in outcomes):
+        is_ordinary = bool(outcomes) and all(outcome.is_ordinary for outcome in outcomes)
+        if is_ordinary and self._num_refills < _MOST_REFILLS:
+            self._num_refills += 1
             if not self._is_draining:
                 self._handout.refill(outcome.slot for outcome in outcomes if outcome.lease)
             return
-        self._tour_due_s = now_s + _TOUR_EVERY_S
+        self._num_refills = 0
         self.recoveries += self._staffing.release_leavers()
         if not self._is_draining:
-            self._staffing.start(now_s)
+            self._staffing.start(time.monotonic())
             self._handout.pending()
             self._handout.learning(self._plan.num_rows - self.totals.rows)
 

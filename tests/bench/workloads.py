@@ -46,10 +46,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--gsm8k", type=Path, help="JSON lines with question and answer")
     parser.add_argument("--self-instruct", type=Path, help="JSON lines with instruction")
+    parser.add_argument(
+        "--finished", type=_pair_of, action="append", default=[], metavar="WORKLOAD=OUT",
+        help="a finished full-depth output of the same rows",
+    )  # fmt: skip
     parser.add_argument("--fit-rows", type=int, default=350)
     parser.add_argument("--calibration-rows", type=int, default=450)
     parser.add_argument("--judged-rows", type=int, default=200)
     parser.add_argument("--deltas", type=_numbers, default=[0.01, 0.02, 0.05])
+    parser.add_argument("--settings", type=int, default=12, help="thresholds that are tried")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2, help="that share rows and cores")
     parser.add_argument("--out", type=Path, help="all figures as JSON")
@@ -59,6 +64,11 @@ def options() -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _pair_of(text: str) -> tuple[str, Path]:
+    name, _, out = text.partition("=")
+    return name, Path(out)
 
 
 def _numbers(text: str) -> list[float]:
@@ -76,8 +86,10 @@ def bench_of(name: str, chosen: argparse.Namespace) -> Bench:
         folder=chosen.folder / name,
         sizes=sizes,
         deltas=chosen.deltas,
+        settings=chosen.settings,
         rounds=chosen.rounds,
         processes=chosen.processes,
+        finished=dict(chosen.finished).get(name),
     )
 
 

@@ -38,8 +38,8 @@ from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import Sizes, Workload
 
 EPSILON = 0.05
-GRID = 12
-"""Settings that are tried for each delta."""
+UNFITTED_ROWS = 240
+"""At most so many calibrate what is not fitted, which is not expected to pay."""
 LOOKED_AT = 64
 """Rows that every layer is looked at with; twice as many fit the heads to look through."""
 PERPLEXITY_ROWS = 128
@@ -86,7 +86,9 @@ class Bench:
         model: folder of the model.
         dtype: number type that it runs in.
         deltas: risks to certify.
+        settings: of thresholds, that are tried on the tuning rows.
         rounds, processes: of the timed part.
+        finished: a full-depth output that is there already.
     """
 
     workload: Workload
@@ -95,16 +97,19 @@ class Bench:
     model: Path
     dtype: str
     deltas: Sequence[float]
+    settings: int
     rounds: int
     processes: int
+    finished: Path | None = None
 
     @property
     def job(self) -> str:
         return str(self.folder / "job.yaml")
 
     @property
-    def out(self) -> str:
-        return str(self.folder / "full-depth")
+    def out(self) -> Path:
+        """The full-depth output."""
+        return self.finished or self.folder / "full-depth"
 
     def heads(self, stage: str) -> Path:
         """Where the fit of a stage is."""
@@ -133,8 +138,8 @@ class Bench:
         keys = str(read_manifest(self.heads("heads"))["data"]["prompt_keys"]).split()
         seed = self.sizes.seed
         if not fitted:
-            return output_rows(self.out, job.plan.fields, encoder, count, seed, keys)
-        return output_rows(self.out, job.plan.fields, encoder, self.sizes.fit, seed)[:count]
+            return output_rows(str(self.out), job.plan.fields, encoder, count, seed, keys)
+        return output_rows(str(self.out), job.plan.fields, encoder, self.sizes.fit, seed)[:count]
 
 
 def command(*arguments: str) -> tuple[int, str, float]:
@@ -155,11 +160,12 @@ def generate(bench: Bench) -> Json:
     """Write the rows and run them at full depth; a finished output is taken as it is."""
     if not Path(bench.job).exists():
         bench.workload.write(bench.folder, bench.model, bench.dtype)
-    code, _, seconds = command("submit", bench.job)
-    if code:
-        raise SystemExit(f"submit {bench.job}: ended with {code}")
-    totals = json.loads((bench.folder / "full-depth" / "_SUCCESS").read_text())["totals"]
-    return {"rows": bench.sizes.learned, "tokens": totals["generated_tokens"], "seconds": seconds}
+    if bench.finished is None:
+        code, *_ = command("submit", bench.job)
+        if code:
+            raise SystemExit(f"submit {bench.job}: ended with {code}")
+    success = json.loads((bench.out / "_SUCCESS").read_text())
+    return {"rows": success["rows"], "tokens": success["totals"]["generated_tokens"]}
 
 
 def fit(bench: Bench) -> Json:
@@ -169,7 +175,7 @@ def fit(bench: Bench) -> Json:
         options = STAGES[name].fit
         if options is None:
             continue
-        rows = ("--from", bench.out, "--rows", str(bench.sizes.fit), "--json")
+        rows = ("--from", str(bench.out), "--rows", str(bench.sizes.fit), "--json")
         tries: list[tuple[str, ...]] = [("--target", str(target)) for target in TARGETS]
         if found:
             tries = [("--layers", ",".join(map(str, bench.layers())))]
@@ -223,11 +229,12 @@ def certify(bench: Bench) -> Json:
 
     The path of settings is that of the largest delta; along it each delta has a test of its own.
     """
-    rows = bench.rows(bench.sizes.learned, fitted=False)
-    tuning = round(TUNING_SHARE * len(rows))
+    unseen = bench.rows(bench.sizes.calibration, fitted=False)
     found: Json = {}
     for name in bench.workload.stages:
         started = time.perf_counter()
+        rows = unseen if STAGES[name].heads else unseen[:UNFITTED_ROWS]
+        tuning = round(TUNING_SHARE * len(rows))
         job = prepare(bench.job, bench.exit_fields(name))
         weights, tokenizer, *_ = load_job_model(job.spec, job.model)
         cut = cut_model(weights, tokenizer, job.spec.exit)
@@ -241,7 +248,7 @@ def certify(bench: Bench) -> Json:
             delta=max(bench.deltas),
             epsilon=EPSILON,
             costs=job_costs(cut, job.spec.exit),
-            grid=GRID,
+            grid=bench.settings,
             risk=risk,
             say=print,
         )
@@ -376,9 +383,13 @@ def judge(bench: Bench) -> Json:
 
 
 def audit(bench: Bench) -> Json:
-    """Jobs over the judged rows with certified exits, every other row audited at full depth."""
+    """Jobs over the judged rows with certified exits, every other row audited at full depth.
+
+    Of each stage the boldest certificate, which has the most to lose.
+    """
     found = {}
-    for number, (name, fields) in enumerate(points(bench).items()):
+    boldest = {name.rpartition(",")[0]: (name, fields) for name, fields in points(bench).items()}
+    for number, (name, fields) in enumerate(boldest.values()):
         more = [*fields, "audit.full_depth_fraction=0.5", f"output.path=audited-{number}"]
         overrides = [part for field in more for part in ("--set", field)]
         code, _, _ = command("submit", str(bench.folder / "judged.yaml"), *overrides)

@@ -1,9 +1,9 @@
-"""SIGKILL while the demo model learns its exits on the narrow job, in every phase, then a resume.
+"""SIGKILL while the demo model learns its exits on the narrow job, once in every phase.
 
-In each phase of `exit: {mode: learn}` the driver of a fresh run is killed, and the same command is
-started again. What was committed before has to be there untouched, what was learned is not learned
-again, every row comes out once, its phase told truly, and `verify` finds nothing. What a phase lost
-is counted: chunks that were under way, and learning that began again.
+One job with `exit: {mode: learn}` is killed in each of its phases in turn, and the same command
+goes on with it each time. What was committed has to be there untouched after each kill, what was
+learned is not learned again, and in the end every row is there once, its phase told truly, and `verify`
+finds nothing. What a kill cost is counted: chunks that were under way, learning that began again.
 
     python -m tests.nightly.learn_kill --rows 1200 --learn-rows 600 --out FILE
 """
@@ -42,8 +42,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--learn-rows", type=int, default=600)
     parser.add_argument("--delta", type=float, default=0.03)
     parser.add_argument("--layers", type=int, nargs="+", default=[6], help="exit layers")
+    parser.add_argument("--chunk-rows", type=int, default=50)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--phases", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -65,7 +65,7 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
         "kv": "bridge",
         "vocab": {"proposal": "low_rank", "rank": 64},
     }
-    job["run"] = {"chunk_rows": 50}
+    job["run"] = {"chunk_rows": chosen.chunk_rows}
     job["audit"] = {"full_depth_fraction": 0.2}
     job["output"] = {"path": "out"}
     path = folder / "job.yaml"
@@ -73,13 +73,14 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def killed_in(phase: str, job: Path) -> None:
-    """Start the job, and kill its driver once it is in the phase.
+def killed_in(phase: str, job: Path) -> dict[str, Any]:
+    """Start the job, kill its driver once it is in the phase, and say what there was.
 
     Raises:
         SystemExit: it ended before.
     """
     out = job.parent / "out"
+    leased, committed = len(events(out, "chunk_leased")), set(committed_parts(out))
     driver = command("submit", job)
     while not STAGES[phase](out) and driver.poll() is None:
         time.sleep(0.02)
@@ -87,49 +88,62 @@ def killed_in(phase: str, job: Path) -> None:
     _, stderr = driver.communicate()
     if driver.returncode != -signal.SIGKILL:
         raise SystemExit(f"{phase}: the job ended before it could be killed: {stderr[-2000:]}")
+    begun = len(events(out, "chunk_leased")) - leased
+    return {
+        "committed_parts": committed_parts(out),
+        "learned": record(out),
+        "chunks_begun": begun,
+        "chunks_lost": begun - len(set(committed_parts(out)) - committed),
+    }
 
 
-def tried(phase: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """One kill and one resume.
+def record(out: Path) -> str | None:
+    """What the job has learned, as it is written down."""
+    path = out / "_eevp" / "learned.json"
+    return path.read_text() if path.exists() else None
+
+
+def check(phase: str, before: dict[str, Any], out: Path) -> None:
+    """What a kill found is still there.
 
     Raises:
         SystemExit: something was lost.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job = write_job(chosen, Path(folder))
-        out, learned = Path(folder) / "out", Path(folder) / "out" / "_eevp" / "learned.json"
-        killed_in(phase, job)
-        before, text = committed_parts(out), learned.read_text() if learned.exists() else None
-        leases = len(events(out, "chunk_leased"))
-        driver = command("submit", job)
-        _, stderr = driver.communicate()
-        if driver.returncode:
-            raise SystemExit(
-                f"{phase}: the resume ended with {driver.returncode}: {stderr[-2000:]}"
-            )
-        _refuse(not before.items() <= committed_parts(out).items(), "a committed part was touched")
-        _refuse(text not in (None, learned.read_text()), "what was learned was learned again")
-        rows = read_rows(out)
-        _refuse(len({row["row_id"] for row in rows}) != chosen.rows, "rows are missing")
-        _refuse(len(rows) != chosen.rows, "a row is there twice")
-        phases = assert_phases_are_told(out, num_layers=30)
-        problems = verify(Store.open(str(out))).problems
-        _refuse(bool(problems), f"verify: {problems}")
-        audit = summarise(Store.open(str(out))).audit
-        return {
-            "committed_chunks_before": len(before),
-            "chunks_done_again": leases - len(before),
-            "learnings_begun": len(events(out, "learning_started")),
-            "learned_record_before": text is not None,
-            "exits_learned": [
-                {name: event[name] for name in ("layers", "thresholds", "risk", "speed")}
-                for event in events(out, "exits_learned")
-            ],
-            "learning_failed": [event["reason"] for event in events(out, "learning_failed")],
-            "rows_by_phase": phases,
-            "audit": None if audit is None else audit.to_json(),
-            "verify": problems,
-        }
+    _refuse(
+        not before["committed_parts"].items() <= committed_parts(out).items(),
+        f"{phase}: a committed part was touched",
+    )
+    again = before["learned"] not in (None, record(out))
+    _refuse(again, f"{phase}: what was learned was learned again")
+
+
+def ended(job: Path, num_rows: int) -> dict[str, Any]:
+    """Let the job come to its end, and say what it holds.
+
+    Raises:
+        SystemExit: it is not whole.
+    """
+    out = job.parent / "out"
+    driver = command("submit", job)
+    _, stderr = driver.communicate()
+    _refuse(driver.returncode != 0, f"the last resume: {driver.returncode}: {stderr[-2000:]}")
+    rows, store = read_rows(out), Store.open(str(out))
+    _refuse(len(rows) != num_rows, f"found {len(rows)} rows")
+    _refuse(len({row["row_id"] for row in rows}) != num_rows, "a row is there twice")
+    problems = verify(store).problems
+    _refuse(bool(problems), f"verify: {problems}")
+    audit = summarise(store).audit
+    return {
+        "rows_by_phase": assert_phases_are_told(out, num_layers=30),
+        "learnings_begun": len(events(out, "learning_started")),
+        "exits_learned": [
+            {name: event[name] for name in ("layers", "thresholds", "risk", "exit_share", "speed")}
+            for event in events(out, "exits_learned")
+        ],
+        "learning_failed": [event["reason"] for event in events(out, "learning_failed")],
+        "audit": None if audit is None else audit.to_json(),
+        "verify": problems,
+    }
 
 
 def _refuse(is_wrong: bool, what: str) -> None:
@@ -138,13 +152,32 @@ def _refuse(is_wrong: bool, what: str) -> None:
 
 
 def main() -> None:
-    """Go through the phases and print what each lost."""
+    """Go through the phases and print what each kill cost."""
     chosen = options()
-    found = {}
-    for phase in chosen.phases:
-        found[phase] = tried(phase, chosen)
-        print(phase, json.dumps(found[phase], indent=1), flush=True)
-    write_json(chosen.out, {"setup": setup(), "phases": found})
+    kills: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = write_job(chosen, Path(folder))
+        for phase in STAGES:
+            kills[phase] = killed_in(phase, job)
+            for earlier, before in kills.items():
+                check(earlier, before, job.parent / "out")
+            print(phase, _told(kills[phase]), flush=True)
+        end = ended(job, chosen.rows)
+        for phase, before in kills.items():
+            check(phase, before, job.parent / "out")
+    print(json.dumps(end, indent=1))
+    told = {phase: _told(kill) for phase, kill in kills.items()}
+    facts = {"exit": {"delta": chosen.delta, "layers": chosen.layers, "dtype": chosen.dtype}}
+    write_json(chosen.out, {"setup": setup() | facts, "kills": told, "end": end})
+
+
+def _told(kill: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "chunks_committed": len(kill["committed_parts"]),
+        "chunks_begun": kill["chunks_begun"],
+        "chunks_lost": kill["chunks_lost"],
+        "was_learned": kill["learned"] is not None,
+    }
 
 
 if __name__ == "__main__":

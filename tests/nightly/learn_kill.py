@@ -2,8 +2,8 @@
 
 One job with `exit: {mode: learn}` is killed in each of its phases in turn, and the same command
 goes on with it each time. What was committed has to be there untouched after each kill, what was
-learned is not learned again, and in the end every row is there once, its phase told truly, and `verify`
-finds nothing. What a kill cost is counted: chunks that were under way, learning that began again.
+learned is not learned again, and in the end every row is there once, its phase told truly, and
+`verify` finds nothing. What a kill cost is counted: chunks under way, and learning begun again.
 
     python -m tests.nightly.learn_kill --rows 1200 --learn-rows 600 --out FILE
 """

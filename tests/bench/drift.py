@@ -24,7 +24,7 @@ from eevp_batch.storage.verify import verify
 from tests.bench.machine import setup
 from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import ROOT
-from tests.bench.workloads_steps import EPSILON, STAGES, command
+from tests.bench.workloads_steps import EPSILON, STAGES, command, slug
 from tests.plain_output import events, read_rows
 
 CHUNK_ROWS = 32
@@ -54,7 +54,7 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
     narrow = source["prompt"]["template"]
     template = f"{{% if text %}}{narrow}{{% else %}}{{{{ prompt }}}}{{% endif %}}"
     stage = STAGES[chosen.stage]
-    certificate = f"{chosen.stage.replace(' ', '-').replace(',', '')}-{chosen.delta}.json"
+    certificate = f"{slug(chosen.stage)}-{chosen.delta}.json"
     here = chosen.workload.resolve()
     job = source | {
         "name": "drift",
@@ -62,7 +62,7 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
         "prompt": {"chat": False, "template": template},
         "exit": {
             "mode": "on",
-            "heads": str(here / str(stage.heads)),
+            "heads": str(here / slug(str(stage.heads))),
             "calibration": str(here / certificate),
             "kv": "bridge",
             "vocab": {"proposal": "low_rank"},

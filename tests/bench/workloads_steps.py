@@ -38,7 +38,7 @@ from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import Sizes, Workload
 
 EPSILON = 0.05
-UNFITTED_ROWS = 240
+UNFITTED_ROWS = 100
 """At most so many calibrate what is not fitted, which is not expected to pay."""
 LOOKED_AT = 64
 """Rows that every layer is looked at with; twice as many fit the heads to look through."""
@@ -113,11 +113,15 @@ class Bench:
 
     def heads(self, stage: str) -> Path:
         """Where the fit of a stage is."""
-        return self.folder / stage.replace(" ", "-")
+        return self.folder / slug(stage)
 
     def certificate(self, stage: str, delta: float) -> Path:
         """The certified thresholds of a stage."""
-        return self.folder / f"{stage.replace(' ', '-').replace(',', '')}-{delta:g}.json"
+        return self.folder / f"{slug(stage)}-{delta:g}.json"
+
+    def step_file(self, name: str) -> Path:
+        """What a step found."""
+        return self.folder / f"step-{name}.json"
 
     def exit_fields(self, name: str) -> list[str]:
         """What a job says to have the exits of a stage, thresholds apart."""
@@ -140,6 +144,11 @@ class Bench:
         if not fitted:
             return output_rows(str(self.out), job.plan.fields, encoder, count, seed, keys)
         return output_rows(str(self.out), job.plan.fields, encoder, self.sizes.fit, seed)[:count]
+
+
+def slug(name: str) -> str:
+    """A stage's name as that of a file."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 def command(*arguments: str) -> tuple[int, str, float]:
@@ -230,37 +239,44 @@ def certify(bench: Bench) -> Json:
     The path of settings is that of the largest delta; along it each delta has a test of its own.
     """
     unseen = bench.rows(bench.sizes.calibration, fitted=False)
-    found: Json = {}
+    found = {}
     for name in bench.workload.stages:
-        started = time.perf_counter()
-        rows = unseen if STAGES[name].heads else unseen[:UNFITTED_ROWS]
-        tuning = round(TUNING_SHARE * len(rows))
-        job = prepare(bench.job, bench.exit_fields(name))
-        weights, tokenizer, *_ = load_job_model(job.spec, job.model)
-        cut = cut_model(weights, tokenizer, job.spec.exit)
-        settings = replay_settings(cut, job.spec)
-        risk = _KeptRisk(Replay(cut.model, settings))
-        result = calibrate(
-            cut.model,
-            settings,
-            rows[:tuning],
-            rows[tuning:],
-            delta=max(bench.deltas),
-            epsilon=EPSILON,
-            costs=job_costs(cut, job.spec.exit),
-            grid=bench.settings,
-            risk=risk,
-            say=print,
-        )
-        found[name] = {"seconds": time.perf_counter() - started, "deltas": {}}
-        for delta in bench.deltas:
-            tested = at_delta(result, risk.kept, delta)
-            found[name]["deltas"][f"{delta:g}"] = tested.to_json()
-            if tested.chosen is not None:
-                binding = job_binding(job.spec, job.model)
-                certificate = tested.to_calibration(binding, {"workload": bench.folder.name})
-                certificate.save(bench.certificate(name, delta))
+        part = f"certify-{slug(name)}"
+        if not read_step(bench, part):
+            rows = unseen if STAGES[name].heads else unseen[:UNFITTED_ROWS]
+            write_json(bench.step_file(part), _certified(bench, name, rows))
+        found[name] = read_step(bench, part)
     return found
+
+
+def _certified(bench: Bench, name: str, rows: Sequence[Row]) -> Json:
+    """What one stage's exits come to, and a certificate in a file for each delta that has one."""
+    started, tuning = time.perf_counter(), round(TUNING_SHARE * len(rows))
+    job = prepare(bench.job, bench.exit_fields(name))
+    weights, tokenizer, *_ = load_job_model(job.spec, job.model)
+    cut = cut_model(weights, tokenizer, job.spec.exit)
+    settings = replay_settings(cut, job.spec)
+    risk = _KeptRisk(Replay(cut.model, settings))
+    result = calibrate(
+        cut.model,
+        settings,
+        rows[:tuning],
+        rows[tuning:],
+        delta=max(bench.deltas),
+        epsilon=EPSILON,
+        costs=job_costs(cut, job.spec.exit),
+        grid=bench.settings,
+        risk=risk,
+        say=print,
+    )
+    deltas = {f"{delta:g}": at_delta(result, risk.kept, delta) for delta in bench.deltas}
+    for delta, tested in deltas.items():
+        if tested.chosen is not None:
+            binding = job_binding(job.spec, job.model)
+            certificate = tested.to_calibration(binding, {"workload": bench.folder.name})
+            certificate.save(bench.certificate(name, float(delta)))
+    taken = time.perf_counter() - started
+    return {"seconds": taken, "deltas": {d: tested.to_json() for d, tested in deltas.items()}}
 
 
 def at_delta(
@@ -416,13 +432,13 @@ STEPS: dict[str, Callable[[Bench], Json]] = {
 
 def read_step(bench: Bench, name: str) -> Json:
     """What a step found; empty before it was made."""
-    path = bench.folder / f"step-{name}.json"
+    path = bench.step_file(name)
     found: Json = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def run_step(bench: Bench, name: str) -> None:
     """Make a step, unless it has been made."""
-    if not (bench.folder / f"step-{name}.json").exists():
+    if not bench.step_file(name).exists():
         print(f"{bench.folder.name}: {name}", flush=True)
-        write_json(bench.folder / f"step-{name}.json", STEPS[name](bench))
+        write_json(bench.step_file(name), STEPS[name](bench))

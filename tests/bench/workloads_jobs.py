@@ -94,7 +94,7 @@ def corpus(sizes: Sizes, source: Path | None) -> Workload:
     """The prompts of jobs/corpus.yaml, in random order."""
     table = pq.read_table(ROOT / "jobs" / "prompts", columns=["id", "prompt"])
     rows = _shuffled(table.to_pylist(), sizes.seed)
-    return _cut(rows, sizes, _chat_job(max_new_tokens=64))
+    return _cut(rows, sizes, _chat_job(max_new_tokens=48))
 
 
 def extract(sizes: Sizes, source: Path | None) -> Workload:
@@ -121,7 +121,7 @@ def gsm8k(sizes: Sizes, source: Path | None) -> Workload:
         }
         for number, line in enumerate(lines)
     ]
-    job = _chat_job(max_new_tokens=96)
+    job = _chat_job(max_new_tokens=64)
     return _cut(_shuffled(rows, sizes.seed), sizes, job, answer="number")
 
 
@@ -143,7 +143,7 @@ def self_instruct(sizes: Sizes, source: Path | None) -> Workload:
             f"Here are some tasks.\n{listed}\nWrite one more task of another kind, then solve it."
         )
         rows.append({"id": f"tasks-{number:05}", "prompt": text})
-    return _cut(rows, sizes, _chat_job(max_new_tokens=64))
+    return _cut(rows, sizes, _chat_job(max_new_tokens=48))
 
 
 WORKLOADS: dict[str, Callable[[Sizes, Path | None], Workload]] = {

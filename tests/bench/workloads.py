@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import WORKLOADS, Sizes
 from tests.bench.workloads_steps import (
     KV_POLICIES,
+    STAGES,
     STEPS,
     Bench,
     Json,
@@ -44,6 +46,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=_names, default=list(STEPS), metavar="A,B")
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--stage", dest="stages", action="append", choices=list(STAGES))
     parser.add_argument("--gsm8k", type=Path, help="JSON lines with question and answer")
     parser.add_argument("--self-instruct", type=Path, help="JSON lines with instruction")
     parser.add_argument(
@@ -79,8 +82,11 @@ def bench_of(name: str, chosen: argparse.Namespace) -> Bench:
     """A workload as the command line wants it."""
     sizes = Sizes(chosen.fit_rows, chosen.calibration_rows, chosen.judged_rows)
     source = {"gsm8k": chosen.gsm8k, "self-instruct": chosen.self_instruct}.get(name)
+    workload = WORKLOADS[name](sizes, source)
+    if chosen.stages is not None:
+        workload = replace(workload, stages=tuple(chosen.stages))
     return Bench(
-        workload=WORKLOADS[name](sizes, source),
+        workload=workload,
         model=chosen.model,
         dtype=chosen.dtype,
         folder=chosen.folder / name,

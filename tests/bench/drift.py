@@ -27,7 +27,6 @@ from tests.bench.workloads_jobs import ROOT
 from tests.bench.workloads_steps import EPSILON, STAGES, command, slug
 from tests.plain_output import events, read_rows
 
-CHUNK_ROWS = 32
 AUDITED = 0.33
 
 
@@ -39,6 +38,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--delta", default="0.02", help="of a certificate that is there")
     parser.add_argument("--narrow-rows", type=int, default=480)
     parser.add_argument("--open-rows", type=int, default=320)
+    parser.add_argument("--chunk-rows", type=int, default=32)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -68,7 +68,7 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
             "vocab": {"proposal": "low_rank"},
             "prefill": "bridge" if "exit.prefill=bridge" in stage.exit else "full",
         },
-        "run": {"chunk_rows": CHUNK_ROWS},
+        "run": {"chunk_rows": chosen.chunk_rows},
         "audit": {"full_depth_fraction": AUDITED, "stop_exits": True},
         "output": {"path": "out"},
     }
@@ -77,9 +77,8 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def told(out: Path, narrow_rows: int) -> dict[str, Any]:
-    """When the audit warned, and what became of the rows before and after."""
-    first_open = narrow_rows // CHUNK_ROWS
+def told(out: Path, first_open: int) -> dict[str, Any]:
+    """When the audit warned, and what became of the rows before and after the first open chunk."""
     committed: list[int] = []
     drift: dict[str, Any] | None = None
     for event in events(out):
@@ -125,7 +124,7 @@ def main() -> None:
         code, _, _ = command("submit", str(write_job(chosen, Path(folder))))
         if code:
             raise SystemExit(f"submit: ended with {code}")
-        found = told(Path(folder) / "out", chosen.narrow_rows)
+        found = told(Path(folder) / "out", chosen.narrow_rows // chosen.chunk_rows)
     found |= {"stage": chosen.stage, "delta": float(chosen.delta), "epsilon": EPSILON}
     print(json.dumps(found, indent=1))
     write_json(chosen.out, {"setup": setup(), **found})

@@ -19,13 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from eevp_batch.records import ChunkStats
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
+from eevp_batch.tune.audited import audit_figures
 from tests.bench.machine import setup
 from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import ROOT
 from tests.bench.workloads_steps import EPSILON, STAGES, command, slug
-from tests.plain_output import events, read_rows
+from tests.plain_output import events
 
 AUDITED = 0.33
 
@@ -86,35 +88,34 @@ def told(out: Path, first_open: int) -> dict[str, Any]:
             committed.append(event["chunk_id"])
         elif event["event"] == "audit_drift":
             drift = event
-    rows = read_rows(out)
+    records = sorted((out / "_eevp" / "commits").glob("*.json"))
+    attempts = [json.loads(path.read_text())["attempt"] for path in records]
     parts = {
-        name: [row for row in rows if (row["chunk_id"] >= first_open) == later]
+        name: _part([one for one in attempts if (one["chunk_id"] >= first_open) == later])
         for name, later in (("before", False), ("after", True))
     }
     return {
         "narrow_chunks": first_open,
-        "chunks": max(row["chunk_id"] for row in rows) + 1,
+        "chunks": len(attempts),
         "open_chunks_committed_at_the_warning": sum(c >= first_open for c in committed),
         "warning": drift,
-        "rows_by_phase": {
-            name: {phase: sum(row["phase"] == phase for row in some) for phase in ("exits", "full")}
-            for name, some in parts.items()
-        },
-        "rows_that_differ_of_those_audited": {
-            name: _share(row["audit_first_divergence"] is not None for row in some if _seen(row))
-            for name, some in parts.items()
-        },
+        **parts,
         "verify": verify(Store.open(str(out))).problems,
     }
 
 
-def _seen(row: dict[str, Any]) -> bool:
-    return row["audit_token_ids"] is not None
-
-
-def _share(values: Any) -> dict[str, int]:
-    found = list(values)
-    return {"audited": len(found), "differ": sum(found)}
+def _part(attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many rows had exits, how deep their tokens went, and what their audit alone says."""
+    stats = sum((ChunkStats.from_json(one["stats"]) for one in attempts), ChunkStats())
+    audited = audit_figures(stats.audit)
+    return {
+        "rows_by_phase": {
+            phase: sum(one["rows_ok"] for one in attempts if one["phase"] == phase)
+            for phase in ("exits", "full")
+        },
+        "tokens_by_exit_layer": dict(stats.exit_histogram),
+        "audit": None if audited is None else audited.to_json(),
+    }
 
 
 def main() -> None:

@@ -117,8 +117,7 @@ class VocabSpec(Section):
     prune_layer: Literal["first"] | Count = "first"
     """Exit layer where the vocabulary is cut; the first."""
     proposal: Proposing = "full"
-    """What proposes the kept ids: the head, its 8-bit copy (CPU only), a low-rank factor, or the
-    head's rows for a shortlist that `fit` made."""
+    """What proposes the kept ids: the head, 8 bits of it (CPU only), a factor, or `fit`'s list."""
     rank: Count | None = None
     """Rank of the low_rank proposal, at most the model's width; 256."""
     final_head: Literal["full", "pruned"] = "full"

@@ -210,18 +210,14 @@ def state_moment(model: PreTrainedModel, layer: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_FIT_SEED)
     shape = (_FIT_ROWS, _FIT_POSITIONS)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    attention = model.config._attn_implementation
+    attention, layers = model.config._attn_implementation, model.model.layers
     model.config._attn_implementation = "sdpa"
+    model.model.layers = layers[:layer]  # so that its last states, which come normed, are those
     try:
-        found = model.model(
-            ids.to(execution_device(model)), output_hidden_states=True, use_cache=False
-        )
+        found = model.model(ids.to(execution_device(model)), use_cache=False)
     finally:
-        model.config._attn_implementation = attention
-    states = found.hidden_states[layer]
-    if layer < model.config.num_hidden_layers:  # the last states come normed
-        states = model.model.norm(states)
-    states = states.reshape(-1, states.shape[-1]).double()
+        model.config._attn_implementation, model.model.layers = attention, layers
+    states = found.last_hidden_state.reshape(-1, model.config.hidden_size).double()
     moment: torch.Tensor = states.T @ states / len(states)
     return moment
 

@@ -117,6 +117,17 @@ def test_the_moment_is_that_of_the_normed_states(tiny_llama: Path) -> None:
     assert torch.equal(last, state_moment(model, model.config.num_hidden_layers)), "repeatable"
 
 
+def test_the_moment_is_that_of_the_layer(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama)
+    caught: list[torch.Tensor] = []
+    model.model.layers[1].register_forward_hook(lambda *call: caught.append(call[-1]))
+    found = state_moment(model, 2)
+    assert len(model.model.layers) == model.config.num_hidden_layers, "as it was"
+    with torch.inference_mode():
+        states = model.model.norm(caught[0]).flatten(0, 1).double()
+    torch.testing.assert_close(found, states.T @ states / len(states))
+
+
 @pytest.mark.parametrize(
     ("vocab", "line"),
     [

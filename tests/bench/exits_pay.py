@@ -30,7 +30,7 @@ from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.fitted_config import read_manifest
 from eevp_batch.prepare import prepare
 from eevp_batch.records import Generation, Prompt
-from eevp_batch.storage.inputs import list_inputs
+from eevp_batch.storage.listing import list_inputs
 from eevp_batch.tune.free_run import FreeRuns
 from eevp_batch.tune.states import prompt_key
 from eevp_batch.tune.text_distance import edit_loss

@@ -110,6 +110,13 @@ def test_other_names_are_no_secrets(uri: str) -> None:
     assert not has_secret(uri)
 
 
+def test_endless_texts_are_judged_too() -> None:
+    """By the square of their length it would take hours."""
+    assert not has_secret("x" * 10**6) and not has_secret("a+b.c-" * 10**5)
+    assert not has_secret("s3://a " * 10**5)
+    assert has_secret("s3://b?a=" * 10**4), "no end of URIs in options of URIs"
+
+
 def test_a_prompt_may_speak_of_passwords() -> None:
     job = load_spec_text(f"prompt: {{system: 'https://u:{CANARY}@h'}}\n{JOB}", "job.yaml", "/")
     assert CANARY in str(job.prompt.system)

@@ -27,6 +27,7 @@ from eevp_batch.spec import (
     DecaySpec,
     Dtype,
     KvPolicy,
+    Proposing,
     PValueKind,
     Text,
     refused,
@@ -90,7 +91,7 @@ class Binding(_Part):
     exit_layers: Annotated[tuple[Count, ...], Field(min_length=1)]
     top_k: Count | None
     prune_layer: Count | None
-    proposal: Literal["full", "int8", "low_rank"]
+    proposal: Proposing
     rank: Count | None = None
     final_head: Literal["full", "pruned"]
     confidence: Confidence

@@ -104,6 +104,13 @@ _AT_FULL_DEPTH = (
 @click.option("--bridge-rank", type=click.IntRange(min=1), help="Of the bridges; 2/3 of the width.")
 @click.option("--proposal-rank", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option(
+    "--shortlist",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Ids of the shortlist, those that the rows' tokens mostly are.",
+)
+@click.option(
     "--tail",
     default=1,
     show_default=True,

@@ -25,6 +25,7 @@ from eevp_batch.spec_parts import (
     InputSpec,
     KvPolicy,
     OutputSpec,
+    Proposing,
     PValueKind,
     RunSpec,
     SamplingSpec,
@@ -53,6 +54,7 @@ __all__ = [
     "OutputSpec",
     "PValueKind",
     "PromptSpec",
+    "Proposing",
     "RunSpec",
     "SamplingSpec",
     "Text",
@@ -114,8 +116,9 @@ class VocabSpec(Section):
     """Ids kept per token at prune_layer; null turns pruning off."""
     prune_layer: Literal["first"] | Count = "first"
     """Exit layer where the vocabulary is cut; the first."""
-    proposal: Literal["full", "int8", "low_rank"] = "full"
-    """What proposes the kept ids: the head, its 8-bit copy (CPU only), or a factor of low rank."""
+    proposal: Proposing = "full"
+    """What proposes the kept ids: the head, its 8-bit copy (CPU only), a low-rank factor, or the
+    head's rows for a shortlist that `fit` made."""
     rank: Count | None = None
     """Rank of the low_rank proposal, at most the model's width; 256."""
     final_head: Literal["full", "pruned"] = "full"
@@ -191,7 +194,11 @@ class ExitSpec(Section):
 
     @model_validator(mode="after")
     def _bridges_what_was_fitted(self) -> ExitSpec:
-        if self.kv == "bridge" and self.heads is None and self.mode != "learn":
+        has_fitted = self.heads is not None or self.mode == "learn"
+        if self.vocab.proposal == "shortlist" and not has_fitted:
+            allowed = "full, int8, low_rank without exit.heads"
+            raise refused("vocab.proposal", '"shortlist"', allowed)
+        if self.kv == "bridge" and not has_fitted:
             raise refused("kv", '"bridge"', "propagate, recompute, verify without exit.heads")
         if self.prefill == "bridge" and self.kv != "bridge":
             raise refused("prefill", '"bridge"', "full unless exit.kv is bridge")

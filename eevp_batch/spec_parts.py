@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Confidence = Literal["margin", "max_prob", "entropy", "hidden_cosine"]
 Dtype = Literal["bfloat16", "float32", "float16"]
+Proposing = Literal["full", "int8", "low_rank", "shortlist"]
 KvPolicy = Literal["propagate", "bridge", "recompute", "verify"]
 PValueKind = Literal["hoeffding_bentkus", "betting"]
 MAX_SEED = 2**63 - 1

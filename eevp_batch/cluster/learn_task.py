@@ -36,7 +36,7 @@ from eevp_batch.tune.calibrate_job import job_costs, replay_settings
 from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import measured_costs
-from eevp_batch.tune.fit import FitSettings, fit_exits, split_rows
+from eevp_batch.tune.fit import SHORTLIST, FitSettings, fit_exits, split_rows
 from eevp_batch.tune.job_rows import chunk_rows
 from eevp_batch.tune.states import Row, prompt_key
 
@@ -131,7 +131,8 @@ class LearnTask:
             if not early:
                 raise UsageError("exit.layers names the last layer alone")
             return early
-        costs = measured_costs(self.cut, _BATCH, exit.vocab.top_k, self._proposal_rank)
+        k, rank, shortlist = exit.vocab.top_k, self._proposal_rank, self._shortlist
+        costs = measured_costs(self.cut, _BATCH, k, rank, shortlist=shortlist)
         best = choose_exits(self.cut, rows, costs, 1 - exit.delta, seed=self.spec.sampling.seed)[0]
         figures["search"] = best.to_json()
         if not best.layers:
@@ -141,11 +142,16 @@ class LearnTask:
 
     @property
     def _proposal_rank(self) -> int | None:
-        """Of the proposal that is to be fitted; None: none is asked for."""
+        """Of the low-rank proposal that is to be fitted; None: none is asked for."""
         vocab = self.spec.exit.vocab
         if vocab.top_k is None or vocab.proposal != "low_rank":
             return None
         return min(vocab.rank or _RANK, self.config.hidden_size)
+
+    @property
+    def _shortlist(self) -> int | None:
+        """Ids of the shortlist that is to be made; None: none is asked for."""
+        return SHORTLIST if self.spec.exit.vocab.proposal == "shortlist" else None
 
     def _fit(self, rows: Sequence[Row], layers: Sequence[int]) -> FittedExits:
         settings = FitSettings(
@@ -153,6 +159,7 @@ class LearnTask:
             held_out_share=_HELD_OUT,
             prompt_bridge=self.spec.exit.prefill == "bridge",
             proposal_rank=self._proposal_rank,
+            shortlist=self._shortlist,
             seed=self.spec.sampling.seed,
         )
         data = {"learned_by": self.plan.run_id}

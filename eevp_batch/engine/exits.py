@@ -107,6 +107,26 @@ def _is_gathering_cheaper(weight: torch.Tensor, k: int, max_batch: int) -> bool:
     return max_batch * k < GATHER_LIMIT * len(weight)
 
 
+def _columns(
+    proposal: Proposal | None, always: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Ids [C] int32 of a proposal's columns, None for all; the columns of those always kept."""
+    if proposal is None or proposal.ids is None:
+        return None, always
+    return proposal.ids.to(torch.int32), torch.searchsorted(proposal.ids, always)
+
+
+def _checked_k(top_k: int, widest: int, num_always: int) -> int:
+    """K, at most as many ids as there are."""
+    k = min(top_k, widest)
+    if k < num_always:
+        raise UsageError(
+            f"exit.vocab.top_k: found {k}; allowed: at least {num_always}, "
+            "for the end and stop ids are always kept"
+        )
+    return k
+
+
 class ExitRule:
     """Decides at every exit; holds what the pruned vocabulary leaves behind from exit to exit.
 
@@ -148,14 +168,11 @@ class ExitRule:
         early = [depth for depth in range(self._last) if depth not in borders]
         self._thresholds = _by_depth(exits.threshold, early)
         self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
-        self._k = min(exits.vocab.top_k or self._vocab_size, self._vocab_size)
-        if self._k < len(self._always):
-            raise UsageError(
-                f"exit.vocab.top_k: found {self._k}; allowed: at least {len(self._always)}, "
-                "for the end and stop ids are always kept"
-            )
+        self._column_ids, self._always_columns = _columns(proposal, self._always)
+        widest = self._vocab_size if self._column_ids is None else len(self._column_ids)
+        self._k = _checked_k(exits.vocab.top_k or widest, widest, len(self._always))
         self._gathers = _is_gathering_cheaper(weight, self._k, max_batch)
-        if proposal is not None and not self._gathers:
+        if proposal is not None and not proposal.is_exact and not self._gathers:
             _log.warning(_WASTED, self._k, max_batch)
         if self._prune_depth is not None:
             shape = (max_resident, self._k)
@@ -274,13 +291,25 @@ class ExitRule:
         if depth > self._prune_depth:
             ids = self._kept_ids[seats]
             return self._rescored(normed, ids), ids.long(), self._outside[seats]
-        proposed = self._head.scores(normed) if self._proposal is None else self._proposal(normed)
-        vocab, scores = prune(proposed, self._k, self._always)
-        if self._proposal is not None:
-            scores = self._rescored(normed, vocab.ids)
-        self._kept_ids[seats] = vocab.ids
-        self._outside[seats] = vocab.outside_lse
-        return scores, vocab.ids.long(), vocab.outside_lse
+        ids, scores, outside = self._pruned(normed)
+        self._kept_ids[seats] = ids
+        self._outside[seats] = outside
+        return scores, ids.long(), outside
+
+    def _pruned(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The ids kept [B, K] int32, the head's scores of them, and the mass outside [B].
+
+        Outside a shortlist no mass is known of; thresholds chosen with it take that into account.
+        """
+        propose = self._proposal
+        if propose is None:
+            vocab, scores = prune(self._head.scores(normed), self._k, self._always)
+            return vocab.ids, scores, vocab.outside_lse
+        vocab, scores = prune(propose(normed), self._k, self._always_columns)
+        ids = vocab.ids if self._column_ids is None else self._column_ids[vocab.ids]
+        if not propose.is_exact:
+            scores = self._rescored(normed, ids)
+        return ids, scores, vocab.outside_lse
 
     def _rescored(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The head's scores [B, K] of the ids [B, K]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class FittedExits:
             logit lens.
         bridges: by kind of token and exit layer; `prompt` at the first exit layer only.
         proposal: proposes the ids to keep at the first exit layer.
+        shortlist: [C] int32, ascending: ids that the job's outputs use; None: none was made.
         tail: tokens at the end of a prompt that run at full depth even where a prompt is bridged.
         lead: tokens at its beginning that do: what all prompts shared.
         facts: what made it: data, settings, figures; written as they are.
@@ -96,9 +97,17 @@ class FittedExits:
     heads: Mapping[int, Affine] = field(default_factory=dict)
     bridges: Mapping[tuple[Kind, int], Bridge] = field(default_factory=dict)
     proposal: LowRankProposal | None = None
+    shortlist: torch.Tensor | None = None
     tail: int = 1
     lead: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def shortlist_with(self, always: Collection[int]) -> torch.Tensor | None:
+        """The shortlist and the ids that are always kept; None where there is none."""
+        if self.shortlist is None:
+            return None
+        ends = self.shortlist.new_tensor(sorted(always))
+        return torch.cat([self.shortlist, ends])
 
     def save(self, folder: Path) -> None:
         """Write the folder; the manifest comes last and holds the hash of the weights."""
@@ -161,6 +170,8 @@ class FittedExits:
                 out[f"{stem}.{layer}.bias"] = affine.bias
         if self.proposal is not None:
             out |= {"proposal.left": self.proposal.left, "proposal.right": self.proposal.right}
+        if self.shortlist is not None:
+            out["shortlist"] = self.shortlist
         return out
 
 
@@ -206,6 +217,7 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
         heads=heads,
         bridges=bridges,
         proposal=proposal,
+        shortlist=tensors.get("shortlist"),
         tail=int(manifest["tail"]),
         lead=int(manifest["lead"]),
         facts={name: value for name, value in manifest.items() if name not in _OWN_FIELDS},

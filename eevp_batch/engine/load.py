@@ -263,9 +263,12 @@ def cut_model(
     config = weights.config
     exit_layers = resolve_exit_layers(exit, config.num_hidden_layers)
     prune_layer = resolve_prune_layer(exit, exit_layers)
-    factors = fitted.proposal if fitted and prune_layer == fitted.exit_layers[0] else None
+    ends = end_ids(weights, tokenizer)
+    factors = shortlist = None
+    if fitted is not None and prune_layer == fitted.exit_layers[0]:
+        factors, shortlist = fitted.proposal, fitted.shortlist_with(ends)
     # Before the model is cut.
-    proposal = make_proposal(weights, exit.vocab, prune_layer, factors)
+    proposal = make_proposal(weights, exit.vocab, prune_layer, factors, shortlist)
     if cut is not None:
         model = cut.recut(exit_layers)
     elif devices:
@@ -284,7 +287,7 @@ def cut_model(
         prune_layer=prune_layer,
         proposal=proposal,
         short_prompt=short_prompt,
-        end_ids=end_ids(weights, tokenizer),
+        end_ids=ends,
         context_length=config.max_position_embeddings,
     )
 

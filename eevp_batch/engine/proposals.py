@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -30,10 +30,18 @@ _READ_ROWS = 8192
 
 
 class Proposal(Protocol):
-    """Approximates the head."""
+    """Approximates the head over C columns; those are the whole vocabulary where `ids` is None."""
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """[C] int64 id of each column, ascending; no other id is ever kept."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its scores are the head's own."""
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        """Scores over the whole vocabulary, [B, E] -> [B, V]; a row's depend on the row alone."""
+        """Scores [B, E] -> [B, C]; a row's depend on the row alone."""
 
 
 class Int8Proposal:
@@ -45,9 +53,15 @@ class Int8Proposal:
     Args:
         weight: [V, E] the head, on the CPU.
 
+    Attributes:
+        ids, is_exact: of every proposal.
+
     Raises:
         UsageError: not on a CPU whose 8-bit products are exact and fast.
     """
+
+    ids = None
+    is_exact = False
 
     def __init__(self, weight: torch.Tensor) -> None:
         if weight.device.type != "cpu" or not torch.cpu._is_vnni_supported():
@@ -86,10 +100,13 @@ class LowRankProposal:
     Attributes:
         left: [V, r].
         right: [r, E].
+        ids, is_exact: of every proposal.
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    ids: ClassVar[None] = None
+    is_exact: ClassVar[bool] = False
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] in the factors' type."""
@@ -99,6 +116,48 @@ class LowRankProposal:
     @cached_property
     def _products(self) -> tuple[PackedLinear, PackedLinear]:
         return PackedLinear(self.left), PackedLinear(self.right)
+
+
+class ShortlistProposal:
+    """The head's own rows for the ids that a job's outputs use; all others are out of the question.
+
+    A lexical shortlist of machine translation (Jean et al. 2015, arXiv 1412.2007, section 3.3),
+    for all of a job's tokens the same, so that its rows lie together and one product scores them.
+
+    Args:
+        weight: [V, E] the head.
+        ids: [C] of the shortlist, in any order; ids beyond the vocabulary are refused by torch.
+    """
+
+    is_exact = True
+
+    def __init__(self, weight: torch.Tensor, ids: torch.Tensor) -> None:
+        self.ids = torch.tensor(sorted(set(ids.tolist())), device=weight.device)
+        self._product = PackedLinear(weight[self.ids])
+
+    def __call__(self, normed: torch.Tensor) -> torch.Tensor:
+        """Scores [B, C] in the head's type."""
+        return self._product(normed)
+
+
+def likeliest_ids(
+    ids: torch.Tensor, probabilities: torch.Tensor, vocab_size: int, size: int
+) -> torch.Tensor:
+    """The ids that have most of the probability of some tokens, ascending, [min(size, V)] int64.
+
+    Of ids that none of the tokens could have been, the lowest: a tokenizer's first are the most
+    frequent ones.
+
+    Args:
+        ids: [S, K] each token's likeliest ids.
+        probabilities: [S, K] theirs.
+        vocab_size: V.
+        size: of the shortlist.
+    """
+    mass = torch.zeros(vocab_size, dtype=torch.float64, device=ids.device)
+    mass.index_add_(0, ids.flatten(), probabilities.flatten().double())
+    best = mass.argsort(descending=True, stable=True)[:size]
+    return best.sort().values
 
 
 def _filled_up(states: torch.Tensor) -> torch.Tensor:
@@ -172,6 +231,7 @@ def make_proposal(
     vocab: VocabSpec,
     prune_layer: int | None,
     fitted: LowRankProposal | None = None,
+    shortlist: torch.Tensor | None = None,
 ) -> Proposal | None:
     """The proposal that a job asks for; None where the head itself proposes.
 
@@ -180,9 +240,11 @@ def make_proposal(
         vocab: kind and rank.
         prune_layer: the exit layer that cuts the vocabulary; None where nothing is cut.
         fitted: what `fit` made for this model and layer, taken where a `low_rank` one is asked for.
+        shortlist: ids that `fit` found, and those that are always kept.
 
     Raises:
-        UsageError: the rank exceeds the model's width, or the device cannot do it.
+        UsageError: the rank exceeds the model's width, the device cannot do it, or there is no
+            shortlist where one is asked for.
     """
     if prune_layer is None or vocab.proposal == "full":
         return None
@@ -190,6 +252,14 @@ def make_proposal(
     if vocab.proposal == "int8":
         with present(model.lm_head):
             return Int8Proposal(model.lm_head.weight.detach())
+    if vocab.proposal == "shortlist":
+        if shortlist is None:
+            raise UsageError(
+                "exit.vocab.proposal: found shortlist; allowed: full, int8, low_rank unless "
+                "exit.heads names a folder of `fit` that has one"
+            )
+        with present(model.lm_head):
+            return ShortlistProposal(model.lm_head.weight.detach(), shortlist)
     if fitted is not None and vocab.rank in (None, len(fitted.right)):
         dtype = model.lm_head.weight.dtype
         return LowRankProposal(fitted.left.to(device, dtype), fitted.right.to(device, dtype))

@@ -23,6 +23,8 @@ class StopStrings:
         self._stops, self._decode = list(stops), decode
         longest = max((len(stop.encode()) for stop in stops), default=0)
         self._window = longest + self.SPARE_TOKENS
+        self._ends = {stop[-1] for stop in stops}
+        self._may_complete: dict[int, bool] = {}
 
     def is_reached(self, token_ids: list[int], start: int = 0) -> bool:
         """Whether the newest token completed a stop string.
@@ -32,7 +34,7 @@ class StopStrings:
                 copied.
             start: the first generated one.
         """
-        if not self._stops:
+        if not self._stops or not self._brings_an_end(token_ids[-1]):
             return False
         tail = self._decode(token_ids[max(start, len(token_ids) - self._window) :])
         if not any(stop in tail for stop in self._stops):
@@ -40,6 +42,19 @@ class StopStrings:
         # A tail decodes a little differently from the whole at its first token: ask the whole.
         text = self._decode(token_ids[start:])
         return any(stop in text for stop in self._stops)
+
+    def _brings_an_end(self, token_id: int) -> bool:
+        """Whether this token can be the one that completes a stop string.
+
+        Most tokens do not hold the last character of any. Alone, a token may lose white space or
+        show only a part of a character, so that those are always looked into.
+        """
+        known = self._may_complete.get(token_id)
+        if known is None:
+            alone = self._decode([token_id])
+            known = "\ufffd" in alone or any(end.isspace() or end in alone for end in self._ends)
+            self._may_complete[token_id] = known
+        return known
 
     def cut(self, text: str) -> str:
         """The text before the first stop string; the string itself is left out."""

@@ -40,4 +40,6 @@ def render_fitted(manifest: Mapping[str, Any]) -> str:
     if figures["proposal_recall"]:
         recall = ", ".join(f"{percent(r)} in {k}" for k, r in figures["proposal_recall"].items())
         lines.append(f"  proposal: holds the full model's choice {recall}")
+    for size, share in figures.get("shortlist_recall", {}).items():
+        lines.append(f"  shortlist of {number(int(size))} ids: holds it for {percent(share)}")
     return "\n".join(lines)

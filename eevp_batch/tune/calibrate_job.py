@@ -189,7 +189,9 @@ def job_costs(cut: CutModel, exit: ExitSpec) -> Costs:
         exit: the job's exits.
     """
     rank = len(cut.proposal.right) if isinstance(cut.proposal, LowRankProposal) else None
-    costs = measured_costs(cut.model, _COSTED_BATCH, exit.vocab.top_k, rank)
+    listed = cut.proposal.ids if cut.proposal is not None else None
+    size = None if listed is None else len(listed)
+    costs = measured_costs(cut.model, _COSTED_BATCH, exit.vocab.top_k, rank, shortlist=size)
     return costs if exit.heads is not None else replace(costs, exit_head=0.0)
 
 

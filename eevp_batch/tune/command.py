@@ -150,7 +150,8 @@ class FitOptions:
         layers: exit layers, the last layer apart; none: they are searched.
         target: share of all tokens that has to stay as at full depth, for the search.
         bridge_rank: of the bridges; None: two thirds of the model's width.
-        proposal_rank: of the proposal.
+        proposal_rank: of the low-rank proposal.
+        shortlist: ids of the shortlist.
         tail: prompt tokens at the end that run at full depth where prompts are bridged.
         seed: of the choice of rows.
     """
@@ -161,6 +162,7 @@ class FitOptions:
     target: float
     bridge_rank: int | None
     proposal_rank: int
+    shortlist: int
     tail: int
     seed: int
 
@@ -212,6 +214,7 @@ def run_fit(
         layers,
         bridge_rank=options.bridge_rank,
         proposal_rank=options.proposal_rank,
+        shortlist=options.shortlist,
         tail=options.tail,
         seed=options.seed,
     )
@@ -233,8 +236,14 @@ def _searched(
         UsageError: none pays.
     """
     say("searching exit layers")
-    ranks = {"proposal_rank": options.proposal_rank, "bridge_rank": options.bridge_rank}
-    best = choose_exits(model, rows, measured_costs(model, 64, **ranks), options.target)[0]
+    costs = measured_costs(
+        model,
+        64,
+        proposal_rank=options.proposal_rank,
+        bridge_rank=options.bridge_rank,
+        shortlist=options.shortlist,
+    )
+    best = choose_exits(model, rows, costs, options.target)[0]
     if not best.layers:
         raise UsageError(
             f"exit layers: found none that pays at {options.target:.1%} unchanged tokens on these "

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.proposals import LowRankProposal, ShortlistProposal
 from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segment_times import layer_time
@@ -30,6 +30,7 @@ def measured_costs(
     top_k: int | None = 256,
     proposal_rank: int | None = None,
     bridge_rank: int | None = None,
+    shortlist: int | None = None,
 ) -> Costs:
     """Seconds per token of each part, in a batch; reading keys and values is left out.
 
@@ -37,8 +38,9 @@ def measured_costs(
         model: cut anywhere.
         num_rows: tokens of the batch.
         top_k: K, kept ids; None: no pruning, every exit pays the whole head.
-        proposal_rank: of the low-rank proposal; None: the head itself proposes.
+        proposal_rank: of a low-rank proposal, if there is one.
         bridge_rank: of the bridges; None: the usual one.
+        shortlist: ids of a shortlist, if there is one; the cheapest proposal counts.
     """
     weight = model.head_weight
     vocab, width = weight.shape
@@ -58,7 +60,10 @@ def measured_costs(
             size = min(proposal_rank, width)
             right = torch.randn(size, width, device=weight.device).to(weight.dtype)
             factors = LowRankProposal(weight[:, :size].contiguous(), right)
-            proposal = per_row(lambda: prune(factors(rows), k, always))
+            proposal = min(head, per_row(lambda: prune(factors(rows), k, always)) + rescoring)
+        if shortlist is not None:
+            listed = ShortlistProposal(weight, torch.arange(min(shortlist, vocab)))
+            proposal = min(proposal, per_row(lambda: prune(listed(rows), k, always)))
     kv_width = 2 * model.num_kv_heads * model.head_size
     rank, num_inputs = bridge_rank or usual_rank(width), 2 * width + lift_size(width)
     up = torch.randn(kv_width, rank, device=weight.device).to(weight.dtype)

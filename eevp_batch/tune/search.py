@@ -29,8 +29,9 @@ class Costs:
         num_layers: L.
         layer: a decoder layer, attention included.
         head: the LM head over the whole vocabulary, and reading its scores.
-        proposal: what chooses the kept ids at the first exit; the head's cost where there is none.
-        rescoring: the kept ids scored exactly.
+        proposal: the kept ids chosen and scored at the first exit; the head's cost, where it is
+            the head that proposes.
+        rescoring: the kept ids scored at a later exit.
         exit_head: the fitted map before the final norm.
         bridge: keys and values of one skipped layer.
     """
@@ -50,14 +51,16 @@ class Costs:
         top_k: int | None = 256,
         proposal_rank: int | None = None,
         bridge_rank: int | None = None,
+        shortlist: int | None = None,
     ) -> Costs:
         """Multiply-adds of the matrices, attention left out.
 
         Args:
             model: shapes.
             top_k: K, kept ids; None: no pruning, every exit pays the whole head.
-            proposal_rank: of the low-rank proposal; None: the head itself proposes.
+            proposal_rank: of a low-rank proposal, if there is one.
             bridge_rank: of the bridges; None: the usual one.
+            shortlist: ids of a shortlist, if there is one; the cheapest proposal counts.
         """
         width, vocab, kv = model.hidden_size, model.vocab_size, model.kv_values_per_token
         kv //= model.num_layers
@@ -67,7 +70,9 @@ class Costs:
         if top_k is not None:
             rescoring = min(head, float(GATHER_COST * top_k * width))
             if proposal_rank is not None:
-                proposal = min(head, float(proposal_rank * (width + vocab)))
+                proposal = min(head, proposal_rank * (width + vocab) + rescoring)
+            if shortlist is not None:
+                proposal = min(proposal, float(shortlist * width))
         return cls(
             num_layers=model.num_layers,
             layer=float(model.layer_weights),
@@ -100,9 +105,8 @@ class Costs:
 
     @property
     def exit_check(self) -> float:
-        """To ask at the first exit. Where the head itself proposes, nothing need be rescored."""
-        proposed = self.proposal + self.rescoring
-        return self.exit_head + (self.head if self.proposal >= self.head else proposed)
+        """To ask at the first exit."""
+        return self.exit_head + self.proposal
 
 
 @dataclass(frozen=True, slots=True)

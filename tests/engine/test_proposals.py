@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.proposals import (
     Int8Proposal,
     Proposal,
+    ShortlistProposal,
     fit_low_rank,
+    likeliest_ids,
     make_proposal,
     state_moment,
 )
@@ -41,7 +44,12 @@ def states(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def proposals(dtype: torch.dtype) -> list[Proposal]:
     many = states(500).double()
     factor = fit_low_rank(head(dtype), many.T @ many / len(many), 16)
-    return [factor, *([Int8Proposal(head(dtype))] if torch.cpu._is_vnni_supported() else [])]
+    listed = ShortlistProposal(head(dtype), torch.arange(V))
+    return [
+        factor,
+        listed,
+        *([Int8Proposal(head(dtype))] if torch.cpu._is_vnni_supported() else []),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,6 +58,22 @@ def test_proposed_scores_are_near_the_heads(dtype: torch.dtype) -> None:
     for proposal in proposals(dtype):
         error = proposal(states(30, dtype)).float() - exact
         assert error.std() < 0.02 * exact.std(), f"{type(proposal).__name__} is far off"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shortlist_scores_its_ids_as_the_head_does(dtype: torch.dtype) -> None:
+    listed = ShortlistProposal(head(dtype), torch.tensor([900, 3, 3, 41]))
+    assert listed.ids.tolist() == [3, 41, 900] and listed.is_exact
+    whole = PackedLinear(head(dtype))(states(30, dtype))
+    torch.testing.assert_close(listed(states(30, dtype)), whole[:, [3, 41, 900]])
+
+
+def test_the_likeliest_ids_are_those_with_most_of_the_probability() -> None:
+    ids = torch.tensor([[5, 2], [5, 7], [2, 9]])
+    shares = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+    assert likeliest_ids(ids, shares, 12, 3).tolist() == [5, 7, 9]
+    assert likeliest_ids(ids, shares, 12, 6).tolist() == [0, 1, 2, 5, 7, 9], "the lowest beside"
+    assert likeliest_ids(ids, shares, 12, 99).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,6 +121,7 @@ def test_the_moment_is_that_of_the_normed_states(tiny_llama: Path) -> None:
     [
         ("{proposal: int4}", r'exit\.vocab\.proposal: found "int4"; allowed: full, int8, low_rank'),
         ("{rank: 9}", r"exit\.vocab\.rank: found 9; allowed: null unless exit\.vocab\.proposal is"),
+        ("{proposal: shortlist}", r"found \S*shortlist\S*; allowed: full, int8, low_rank without"),
         ("{top_k: null, proposal: int8}", r"exit\.vocab\.proposal: found \S*int8.*; allowed: full"),
     ],
 )
@@ -147,7 +172,7 @@ def demo_states(model: PreTrainedModel, path: Path, layer: int) -> torch.Tensor:
 def test_the_demo_models_best_id_is_kept(
     demo_model_path: Path, vocab: VocabSpec, least: float
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.float32).eval()
     normed = demo_states(model, demo_model_path, 10)
     proposal = make_proposal(model, vocab, 10)
     assert proposal is not None and vocab.top_k is not None

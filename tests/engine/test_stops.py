@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from eevp_batch.engine.stops import StopStrings
 
 SILENT = 300
@@ -51,7 +54,32 @@ def test_asking_after_each_token_reads_no_more_the_longer_the_text() -> None:
     token_ids = [*map(ord, "END of the prompt")]
     start = len(token_ids)
     for _ in range(1000):
-        token_ids.append(ord("x"))
+        token_ids.append(ord("D"))
         assert not stops.is_reached(token_ids, start), "the prompt does not count"
     assert max(read) == len("END") + StopStrings.SPARE_TOKENS
     assert stops.is_reached([*token_ids, *map(ord, "END")], start)
+
+
+def test_a_token_without_the_last_character_of_a_stop_is_looked_at_once() -> None:
+    read: list[list[int]] = []
+
+    def decode(token_ids: list[int]) -> str:
+        read.append(token_ids)
+        return "".join(map(chr, token_ids))
+
+    stops = StopStrings(["END", "yy"], decode)
+    for length in range(1, 100):
+        assert not stops.is_reached([ord("E")] * length)
+    assert read == [[ord("E")]]
+
+
+@given(
+    st.lists(st.text("aé→ \n", min_size=1, max_size=3), max_size=3),
+    st.lists(st.sampled_from([*"aé→ \n".encode(), SILENT]), max_size=30),
+)
+def test_every_stop_is_found_where_the_whole_text_first_holds_it(
+    stops: list[str], token_ids: list[int]
+) -> None:
+    lengths = range(1, len(token_ids) + 1)
+    expected = (n for n in lengths if any(stop in decode(token_ids[:n]) for stop in stops))
+    assert first_stop(stops, token_ids) == next(expected, None)

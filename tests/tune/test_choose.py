@@ -35,8 +35,9 @@ def test_counted_costs_are_the_matrices(tiny_llama: Path) -> None:
     costs = Costs.counted(config, top_k=4, proposal_rank=8, bridge_rank=4)
     assert costs.layer == 32 * (32 + 32 + 16 + 16) + 3 * 32 * 64
     assert costs.head == 320 * 32
-    assert costs.proposal == 8 * (320 + 32)
+    assert costs.proposal == 8 * (320 + 32) + costs.rescoring
     assert costs.rescoring == 4 * 32 * 20
+    assert Costs.counted(config, top_k=4, shortlist=9).proposal == 9 * 32
     of_layer, read_in = 32 * 4, 4 * (2 * 32 + 64) / config.num_layers
     assert costs.bridge == of_layer + read_in, "keys and values: two heads of eight numbers each"
     assert Costs.counted(config, top_k=None).exit_check == costs.head + 32 * 32
@@ -45,5 +46,5 @@ def test_counted_costs_are_the_matrices(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("top_k", [None, 16])
 def test_every_part_takes_time(tiny_llama: Path, top_k: int | None) -> None:
     model = SegmentedModel(load_model(tiny_llama), [NUM_LAYERS])
-    costs = measured_costs(model, 8, top_k, proposal_rank=8, bridge_rank=4)
+    costs = measured_costs(model, 8, top_k, proposal_rank=8, bridge_rank=4, shortlist=64)
     assert min(astuple(costs)) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_a_fit_is_whole_and_survives_its_folder(
 ) -> None:
     stages = []
     settings = FitSettings([2, 4], heads=QUICK, bridge_rank=rank, proposal_rank=16, tail=3)
+    settings = replace(settings, shortlist=100)
     progress = lambda stage, done, total: stages.append((stage, done == total))  # noqa: E731
     fit_exits(model, "abc", rows, settings, {"source": "random"}, progress).save(tmp_path)
     found = FittedExits.load(tmp_path)
@@ -54,12 +56,15 @@ def test_a_fit_is_whole_and_survives_its_folder(
         assert bridge.down is not None and bridge.down.shape == (rank or 21, 2 * 32 + 64)
         assert bridge.lift is not None and bridge.lift.shape == (64, 32), "twice the width at most"
     assert found.proposal is not None and found.proposal.right.shape == (16, 32)
+    assert found.shortlist is not None and len(found.shortlist) == 100
+    assert len(found.shortlist_with([1, int(found.shortlist[0])])) == 102
     data = found.facts["data"]
     assert (data["source"], data["rows"], data["held_out_rows"]) == ("random", 48, 12)
     assert {stage for stage, is_done in stages if is_done} >= {"states", "held-out states"}
     figures = found.facts["figures"]
     assert figures["heads"]["2"]["curve"][0]["epoch"] == 0
     assert 0 <= figures["proposal_recall"]["64"] <= figures["proposal_recall"]["256"] <= 1
+    assert 0 < figures["shortlist_recall"]["100"] <= 1
 
 
 def test_layers_that_add_nothing_are_found_out(tiny_llama: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from eevp_batch.tune.search import Costs, LayerTable, boldest, search_exits
 
 COSTS = Costs(
-    num_layers=12, layer=1.0, head=4.0, proposal=1.0, rescoring=0.5, exit_head=0.1, bridge=0.05
+    num_layers=12, layer=1.0, head=4.0, proposal=1.5, rescoring=0.5, exit_head=0.1, bridge=0.05
 )
 
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from eevp_batch.errors import EevpError
 from tests.nightly.pieces import Pieces, add_arguments, pieces_of
-from tests.nightly.targets import Target, all_targets
+from tests.nightly.targets import READERS, Target
 
 _PER_ROUND = 500  # hypothesis remembers the cases of a round
 MAX_MEMORY_BYTES = 12 << 30
@@ -83,7 +83,7 @@ def fuzz(target: Target, num_cases: int, round_seed: int) -> Counter[str]:
 
 def _rounds(cases: int, first_seed: int, only: str) -> list[Round]:
     """All that there is to try: each target with its share of the cases."""
-    weights = {t.name: t.weight for t in all_targets() if only in t.name}
+    weights = {name: reader.weight for name, reader in READERS.items() if only in name}
     rounds = []
     for name, weight in weights.items():
         share = -(-cases * weight // sum(weights.values()))
@@ -95,10 +95,11 @@ def _rounds(cases: int, first_seed: int, only: str) -> list[Round]:
 def _try(rounds: Sequence[Round], pieces: Pieces, until_s: float) -> None:
     """Try rounds of one target until it is so late, in a process that does nothing else."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    (target,) = (target for target in all_targets() if target.name == rounds[0].target)
+    target = None
     for one in rounds:
         if time.time() >= until_s:
             break
+        target = target or READERS[one.target].make()
         start_s = time.process_time()
         outcomes = fuzz(target, one.cases, one.seed)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -25,14 +25,15 @@ class Pieces:
         """What each piece gave, by its name."""
         found = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError):  # cut short when its process was killed
+            with contextlib.suppress(ValueError):  # empty, or cut short when its process was killed
                 name, found[name] = json.loads(line)
         return found
 
     def keep(self, name: str, found: Any) -> None:
         """Add a piece; what it gave is JSON types."""
-        with self.path.open("a") as file:  # in one write, so that lines do not mix
-            file.write(json.dumps([name, found]) + "\n")
+        # In one write, so that lines do not mix; begun anew, should the last one not be whole.
+        with self.path.open("a") as file:
+            file.write(f"\n{json.dumps([name, found])}\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from eevp_batch.fitted_config import read_manifest
 from eevp_batch.prepare import prepare
 from eevp_batch.records import AuditCounts, Generation, Prompt
 from eevp_batch.spec import ExitSpec
-from eevp_batch.storage.inputs import list_inputs
+from eevp_batch.storage.listing import list_inputs
 from eevp_batch.tune.audited import audit_figures
 from eevp_batch.tune.states import prompt_key
 from tests.bench.machine import setup

@@ -23,8 +23,7 @@ from eevp_batch.records import ChunkStats
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
 from eevp_batch.tune.audited import audit_figures
-from tests.bench.machine import setup
-from tests.bench.throughput import write_json
+from tests.bench.machine import setup, write_json
 from tests.bench.workloads_jobs import ROOT
 from tests.bench.workloads_steps import EPSILON, STAGES, command, slug
 from tests.plain_output import events

@@ -37,8 +37,7 @@ from eevp_batch.spec import ExitSpec
 from eevp_batch.storage.listing import list_inputs
 from eevp_batch.tune.audited import audit_figures
 from eevp_batch.tune.states import prompt_key
-from tests.bench.machine import setup
-from tests.bench.throughput import write_json
+from tests.bench.machine import setup, write_json
 from tests.bench.workloads_answers import ANSWERS
 
 OFF = "off"

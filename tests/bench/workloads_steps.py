@@ -33,8 +33,8 @@ from eevp_batch.tune.replay import Replay, Thresholds
 from eevp_batch.tune.states import Row
 from eevp_batch.tune.survey import quick_heads
 from tests.bench.exits_pay import OFF, Trial, charged, figures, measure
+from tests.bench.machine import write_json
 from tests.bench.quality import Judge
-from tests.bench.throughput import write_json
 from tests.bench.workloads_jobs import Sizes, Workload
 
 EPSILON = 0.05

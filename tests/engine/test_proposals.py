@@ -23,10 +23,9 @@ from eevp_batch.errors import SpecError, UsageError
 from eevp_batch.spec import VocabSpec
 from eevp_batch.spec_file import load_spec_text
 from tests.bench.prompts import throughput_prompts
-from tests.engine.conftest import load_model, make_engine
+from tests.engine.conftest import load_model, make_engine, needs_vnni
 
 V, E = 1024, 64
-needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no VNNI")
 
 
 def head(dtype: torch.dtype) -> torch.Tensor:

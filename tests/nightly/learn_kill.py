@@ -25,8 +25,7 @@ import yaml
 from eevp_batch.report.summary import summarise
 from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
-from tests.bench.machine import setup
-from tests.bench.throughput import write_json
+from tests.bench.machine import setup, write_json
 from tests.learning_jobs import STAGES, assert_phases_are_told
 from tests.plain_output import committed_parts, events, read_rows
 from tests.real_jobs import command

@@ -229,7 +229,9 @@ def _job(name: str, workers: _Workers, pods: Pods) -> dict[str, Any]:
             "workerGroupSpecs": [
                 {
                     "groupName": "replicas",
+                    # The job asks for all at once, and starts with `cluster.replicas.min` of them.
                     "replicas": workers.pods,
+                    # Its replicas leave when nothing is left for them: no pod outlives its use.
                     "minReplicas": 0,
                     "maxReplicas": workers.pods,
                     "rayStartParams": {},

@@ -122,6 +122,10 @@ class Generation:
         return 1.0 - self.mean_exit_layer / self.num_layers
 
 
+MAX_MESSAGE_CHARS = 4000
+"""Of an error row: a template may raise its whole prompt, and so for every row of a chunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowFailure:
     """One row (all of its samples) that could not be done.
@@ -140,7 +144,11 @@ class RowFailure:
     @classmethod
     def of(cls, row_id: RowId, error: Exception, tag: Any = None) -> RowFailure:
         """The failure of a row for which an error was raised."""
-        return cls(row_id, type(error).__name__, str(error), tag=tag)
+        return cls(row_id, type(error).__name__, _at_most(str(error), MAX_MESSAGE_CHARS), tag=tag)
+
+
+def _at_most(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 DISTANCE_STEPS = 1000

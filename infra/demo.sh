@@ -11,4 +11,11 @@ if [[ "${1:-}" == "--fresh" ]]; then
 fi
 eevp_env gguf
 "$PYTHON" "$EEVP_ROOT/infra/fetch_model.py"
-exec "$EEVP_ROOT/.venv/bin/eevp-batch" submit "$EEVP_ROOT/jobs/corpus.yaml" "$@"
+eevp="$EEVP_ROOT/.venv/bin/eevp-batch" out="$EEVP_ROOT/out/corpus-demo" code=0
+"$eevp" submit "$EEVP_ROOT/jobs/corpus.yaml" "$@" || code=$?
+if [[ "$code" == 0 ]]; then
+  eevp_say "Next: $eevp report $out   (what came out; verify instead of report proves that all is there)"
+else
+  eevp_say "Next: infra/demo.sh goes on with the job; $eevp status $out says how far it is"
+fi
+exit "$code"

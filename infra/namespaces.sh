@@ -6,7 +6,9 @@
 # `eevp-batch verify` has to accept what it left.
 #
 #     sudo infra/namespaces.sh                 # the demo model, 192 rows, some minutes
-#     sudo infra/namespaces.sh --model FOLDER --rows 96 --python .venv/bin/python
+#     sudo infra/namespaces.sh --model FOLDER --rows 96 --python .venv/bin/python --out FILE
+# --out keeps the figures as JSON; those of earlier runs are in tests/bench/results/.
+#
 #     sudo infra/namespaces.sh --clean         # what runs that were killed by SIGKILL left
 #
 # It needs root, for namespaces, and iproute2. Nothing of it reaches another machine: the bridge
@@ -15,9 +17,10 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PYTHON="$ROOT/.venv/bin/python" MODEL="$ROOT/models/smollm2-135m-instruct" ROWS=192
+PYTHON="$ROOT/.venv/bin/python" MODEL="$ROOT/models/smollm2-135m-instruct" ROWS=192 RESULT=
 NODES=(head worker1 worker2) CUT=worker2
 NET=10.77.5 PORT=8265
+COMMAND="infra/namespaces.sh $*"
 NAME="eevp-$$"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -67,8 +70,9 @@ while [[ $# -gt 0 ]]; do
     --model) MODEL="$(cd "$2" && pwd)" && shift 2 ;;
     --rows) ROWS="$2" && shift 2 ;;
     --python) PYTHON="$(cd "$(dirname "$2")" && pwd)/$(basename "$2")" && shift 2 ;;
+    --out) RESULT="$(cd "$(dirname "$2")" && pwd)/$(basename "$2")" && shift 2 ;;
     --clean) clean_leftovers && exit 0 ;;
-    *) refuse "found $1; allowed: --model FOLDER, --rows N, --python FILE, --clean" ;;
+    *) refuse "found $1; allowed: --model FOLDER, --rows N, --python FILE, --out FILE, --clean" ;;
   esac
 done
 
@@ -198,4 +202,4 @@ eevp status "$RUN"
 say "eevp-batch verify"
 expect 0 env PYTHONPATH="$ROOT" "$PYTHON" -m eevp_batch.cli verify "$OUT"
 say "figures"
-facts report "$OUT" "$CUT_UNIX_S"
+facts report "$OUT" "$CUT_UNIX_S" ${RESULT:+"$RESULT" "$COMMAND"}

@@ -2,7 +2,7 @@
 
 namespaces_facts.py wait-for-cluster URL NODES PID..    until so many nodes live
 namespaces_facts.py wait-for-middle OUT           until three replicas work and chunks are done
-namespaces_facts.py report OUT CUT_UNIX_S         what the cut cost
+namespaces_facts.py report OUT CUT_UNIX_S [FILE COMMAND]  what the cut cost; FILE gets it as JSON
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eevp_batch.storage.store import Store
+from eevp_batch.storage.verify import verify
+from tests.bench.machine import setup, write_json
+
 _PATIENCE_S = 1800.0
 _REPLICAS, _CHUNKS = 3, 4
 
@@ -29,7 +33,12 @@ def main(what: str, *arguments: str) -> None:
     elif what == "wait-for-middle":
         _wait_for("the middle of the job", lambda: _is_in_middle(_events(arguments[0])))
     else:
-        _report(_events(arguments[0]), float(arguments[1]))
+        out, cut_s, *kept = arguments
+        found = _timeline(_events(out), float(cut_s)) | {"verify": _verified(out)}
+        _show(found)
+        if kept:
+            about = setup(("eevp-batch", "ray", "torch")) | {"command": kept[1]}
+            write_json(Path(kept[0]), {"setup": about, **found})
 
 
 def _wait_for(what: str, condition: Callable[[], bool]) -> None:
@@ -70,26 +79,39 @@ def _is_in_middle(events: list[dict[str, Any]]) -> bool:
     return count["replica_ready"] >= _REPLICAS and count["chunk_committed"] >= _CHUNKS
 
 
-def _report(events: list[dict[str, Any]], cut_s: float) -> None:
+def _timeline(events: list[dict[str, Any]], cut_s: float) -> dict[str, Any]:
+    """What became of a job in which one node was cut off; seconds count from the job's start."""
     commits = [event for event in events if event["event"] == "chunk_committed"]
     after = [event for event in events if event["unix_s"] > cut_s]
     dead = next((event for event in after if event["event"] == "replica_dead"), None)
-    count = Counter(event["event"] for event in after)
-    end = events[-1]
-    print(f"rows                         {end['rows_ok']} ok, {end['rows_error']} in error")
-    print(f"chunks                       {len(commits)}")
-    before = sum(event["unix_s"] <= cut_s for event in commits)
-    print(f"committed before the cut     {before}")
-    print(f"cut after                    {cut_s - events[0]['unix_s']:.1f} s of the job")
     if dead is None:
         sys.exit("no replica was lost after the cut")
-    held = dead["chunks"]
-    print(f"the cluster noticed after    {dead['unix_s'] - cut_s:.1f} s")
-    print(f"leases that went back        {len(held)} (chunks {', '.join(map(str, held))})")
-    done_s = [event["unix_s"] for event in commits if event["chunk_id"] in held]
-    print(f"these committed after        {max(done_s, default=cut_s) - cut_s:.1f} s, by others")
-    print(f"attempts that came too late  {count['attempt_discarded']}")
-    print(f"the job ended after          {end['unix_s'] - events[0]['unix_s']:.1f} s")
+    begin_s, end = events[0]["unix_s"], events[-1]
+    done_s = [event["unix_s"] for event in commits if event["chunk_id"] in dead["chunks"]]
+    return {
+        "rows_ok": end["rows_ok"],
+        "rows_error": end["rows_error"],
+        "chunks": len(commits),
+        "chunks_committed_before_the_cut": sum(event["unix_s"] <= cut_s for event in commits),
+        "cut_s": round(cut_s - begin_s, 1),
+        "noticed_s": round(dead["unix_s"] - begin_s, 1),
+        "reason": dead["reason"],
+        "chunks_that_went_back": dead["chunks"],
+        "these_committed_s": round(max(done_s, default=cut_s) - begin_s, 1),
+        "attempts_that_came_too_late": sum(e["event"] == "attempt_discarded" for e in after),
+        "ended_s": round(end["unix_s"] - begin_s, 1),
+    }
+
+
+def _verified(out: str) -> dict[str, Any]:
+    """What `eevp-batch verify` finds."""
+    found = verify(Store.open(out))
+    return {"rows_in": found.rows_in, "rows_ok": found.rows_ok, "problems": found.problems}
+
+
+def _show(found: dict[str, Any]) -> None:
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):32} {value}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tests.plain_output import events, read_rows
+from tests.plain_output import committed_parts, events, read_rows
 from tests.real_jobs import write_job
 from tests.tiny_models import build_model, build_tokenizer
 
 NUM_ROWS, CHUNK_ROWS, LEARN_ROWS = 180, 10, 90
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "that", "sleeps")
+
+STAGES: dict[str, Callable[[Path], Any]] = {
+    "collecting": lambda out: len(committed_parts(out)) >= 2,
+    "learning": lambda out: events(out, "learning_started"),
+    "publishing": lambda out: list((out / "_eevp" / "learned").glob("*")),
+    "exits": lambda out: events(out, "exits_learned"),
+}
+"""By name, when a job is in the middle of it; truth of what is returned."""
 
 
 def save_shallow_model(folder: Path) -> Path:
@@ -56,7 +65,7 @@ def learning_job(
     return write_job(folder, whole | fields)
 
 
-def assert_phases_are_told(out: Path) -> dict[str, int]:
+def assert_phases_are_told(out: Path, num_layers: int = 6) -> dict[str, int]:
     """Rows, commit records and leases agree on the phase of every chunk; rows by phase."""
     counts: dict[str, int] = {}
     records = {
@@ -72,6 +81,6 @@ def assert_phases_are_told(out: Path) -> dict[str, int]:
             assert leased[event["chunk_id"]] == records[event["chunk_id"]]
     for row in read_rows(out):
         assert row["phase"] == records[row["chunk_id"]]
-        assert row["phase"] == "exits" or set(row["exit_layers"]) == {6}
+        assert row["phase"] == "exits" or set(row["exit_layers"]) == {num_layers}
         counts[row["phase"]] = counts.get(row["phase"], 0) + 1
     return counts

@@ -11,7 +11,6 @@ from click.testing import CliRunner, Result
 
 from eevp_batch.cli import main
 from eevp_batch.cluster.audit import is_audited
-from eevp_batch.cluster.local_ray import LocalRay
 from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.load import load_engine
 from eevp_batch.model_config import ModelConfig, read_model_config
@@ -90,9 +89,7 @@ def test_a_calibration_compares_with_the_original(tmp_path: Path, tiny_llama: Pa
 
 
 @pytest.mark.ray
-def test_an_audit_compares_with_the_original(
-    shared_ray: LocalRay, tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_an_audit_compares_with_the_original(tmp_path: Path, tiny_llama: Path) -> None:
     job = adapted_job(tmp_path, tiny_llama, threshold=2.0)
     run_in_process(job, ["audit.full_depth_fraction=0.5"])
     rows = read_rows(tmp_path / "out")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +13,7 @@ from eevp_batch.storage.verify import verify
 from tests.learning_jobs import (
     LEARN_ROWS,
     NUM_ROWS,
+    STAGES,
     assert_phases_are_told,
     learning_job,
     save_shallow_model,
@@ -24,13 +23,6 @@ from tests.real_jobs import command, finished, run_in_process
 from tests.test_killed_job import wait_for, watching
 
 pytestmark = pytest.mark.ray
-
-STAGES: dict[str, Callable[[Path], Any]] = {
-    "collecting": lambda out: len(committed_parts(out)) >= 2,
-    "learning": lambda out: events(out, "learning_started"),
-    "publishing": lambda out: list((out / "_eevp" / "learned").glob("*")),
-    "exits": lambda out: events(out, "exits_learned"),
-}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eevp_batch.cluster.guard import marked_processes
+from eevp_batch.cluster.job_server import JobServer
 from eevp_batch.errors import ModelError, SpecError, UsageError
 from eevp_batch.model_config import read_model_config
 from eevp_batch.spec import ModelSpec
@@ -30,6 +32,14 @@ SECRET_URIS = [
     f"https://host/a?sig={CANARY}",
     f"s3://bucket/a?endpoint_override=http://key:{CANARY}@host",
     f"https://user:{CANARY}@[bad/a",
+    f"https://{CANARY}@host/a",
+    f"s3://key:{CANARY} with a space@bucket/a",
+]
+SECRET_PACKAGES = [
+    f"--extra-index-url=https://user:{CANARY}@pypi.example.org/simple",
+    f"-i https://{CANARY}@pypi.example.org/simple",
+    f"ours @ git+https://{CANARY}@example.org/ours.git",
+    f"ours@https://example.org/ours.whl?token={CANARY}",
 ]
 JOB = "input: {path: in.parquet}\nmodel: {path: m}\noutput: {path: out}\n"
 
@@ -52,6 +62,41 @@ def test_a_secret_in_a_uri_is_refused_and_never_repeated(uri: str) -> None:
     assert CANARY not in f"{refused.value} {model.value}"
 
 
+@pytest.mark.parametrize("package", SECRET_PACKAGES)
+def test_a_secret_in_a_package_to_install_is_refused_unseen(package: str) -> None:
+    with pytest.raises(SpecError) as told:
+        load_spec_text(f"cluster: {{pip: [torch, '{package}']}}\n{JOB}", "job.yaml", "/")
+    assert str(told.value).startswith("job.yaml:1: cluster.pip[1]: found a URI with a password")
+    assert CANARY not in str(told.value)
+
+
+def test_packages_without_secrets_are_taken() -> None:
+    packages = ["ours @ git+https://example.org/ours.git@v1.2", "git+ssh://git@example.org/a"]
+    packages += ["-i https://${NAME}:${TOKEN}@example.org/simple", "-i https://${TOKEN}@a.org"]
+    job = load_spec_text(f"cluster: {{pip: {json.dumps(packages)}}}\n{JOB}", "job.yaml", "/")
+    assert job.cluster.pip == packages
+
+
+def test_a_variable_is_named_without_its_value() -> None:
+    with pytest.raises(SpecError) as told:
+        load_spec_text(f"cluster: {{env: [A, 'TOKEN={CANARY}']}}\n{JOB}", "job.yaml", "/")
+    assert str(told.value) == (
+        "job.yaml:1: cluster.env[1]: found a variable with its value; "
+        "allowed: its name alone: `submit` has it"
+    )
+
+
+def test_a_password_in_the_address_of_a_cluster_is_refused_unseen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = f"http://user:{CANARY}@127.0.0.1:1"
+    monkeypatch.setenv("RAY_ADDRESS", uri)
+    for address in (uri, "auto"):
+        with pytest.raises(UsageError, match="found a password in it") as told:
+            JobServer(address)
+        assert CANARY not in str(told.value)
+
+
 @pytest.mark.parametrize(
     "uri",
     [
@@ -63,6 +108,13 @@ def test_a_secret_in_a_uri_is_refused_and_never_repeated(uri: str) -> None:
 )
 def test_other_names_are_no_secrets(uri: str) -> None:
     assert not has_secret(uri)
+
+
+def test_endless_texts_are_judged_too() -> None:
+    """By the square of their length it would take hours."""
+    assert not has_secret("x" * 10**6) and not has_secret("a+b.c-" * 10**5)
+    assert not has_secret("s3://a " * 10**5)
+    assert has_secret("s3://b?a=" * 10**4), "no end of URIs in options of URIs"
 
 
 def test_a_prompt_may_speak_of_passwords() -> None:

@@ -14,7 +14,8 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from eevp_batch.errors import ClusterError, first_line
+from eevp_batch.errors import ClusterError, UsageError, first_line
+from eevp_batch.uri_secrets import has_secret
 
 _SCHEMES = ("http", "https")
 
@@ -66,10 +67,16 @@ def api_server(address: str, patience_s: float) -> ApiServer:
         patience_s: how long to wait for the head of the cluster.
 
     Raises:
+        UsageError: it holds a password, which messages and pages would repeat.
         OSError, RuntimeError, ValueError, RayError: it cannot be found.
     """
     if address == "auto":
         address = default_address() or "auto"
+    if has_secret(address):
+        raise UsageError(
+            "the cluster's address: found a password in it; allowed: a token as Ray takes it "
+            "(RAY_AUTH_MODE=token), or headers in RAY_JOB_HEADERS"
+        )
     if address == "auto":
         return ApiServer(_from_head(patience_s), is_here=True)
     if address.partition("://")[0] in _SCHEMES:

@@ -9,6 +9,8 @@ from ray.job_submission import JobDetails, JobStatus
 
 RUN_ID, OUTPUT, PROGRESS, NAME = "eevp_run_id", "eevp_output", "eevp_progress", "job_name"
 """Keys of a job's metadata; the last one is Ray's own."""
+OURS = "eevp:"
+"""What the name of a job begins with where jobs of others stand beside it."""
 
 _INTERRUPTED = 130
 _STATES = {
@@ -50,6 +52,11 @@ class ClusterJob:
         return self.state in ("interrupted", "failed", "done")
 
     @property
+    def name(self) -> str:
+        """The job's own name, such as `corpus-demo`."""
+        return self.metadata.get(NAME, "").removeprefix(OURS)
+
+    @property
     def output(self) -> str:
         return self.metadata.get(OUTPUT, "")
 
@@ -62,7 +69,7 @@ class ClusterJob:
         return {
             "run_id": self.run_id,
             "submission_id": self.submission_id,
-            "name": self.metadata.get(NAME),
+            "name": self.name,
             "state": self.state,
             "progress": self.progress or None,
             "output": self.output or None,

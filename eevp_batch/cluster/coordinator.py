@@ -7,7 +7,7 @@ it, and what it holds does not grow with the rows that are done.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eevp_batch.cluster import news, rules, stall
@@ -21,7 +21,7 @@ from eevp_batch.cluster.handout import Handout
 from eevp_batch.cluster.headcount import Headcount
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.phases import Phases
-from eevp_batch.cluster.placement import PlacementWatch
+from eevp_batch.cluster.placement_watch import PlacementWatch
 from eevp_batch.cluster.progress import Meter, Progress, Recoveries, Stopwatch
 from eevp_batch.cluster.replica import GivenUp
 from eevp_batch.cluster.staffing import Staffing
@@ -33,6 +33,8 @@ from eevp_batch.storage.plan import Plan
 
 LOOK_EVERY_S = 1.0
 _TICK_S = 0.25
+_MOST_REFILLS = 16
+"""Turns in a row in which only those get work that have just finished something."""
 
 
 class Coordinator:
@@ -96,7 +98,7 @@ class Coordinator:
             lambda: fleet.room(),
             on_message,
         )
-        self._look_due_s = 0.0
+        self._look_due_s, self._num_refills = 0.0, 0
         self._waiting, self._in_storage = Stopwatch(), self._diary.in_storage
         self._is_draining = self._has_told_draining = self._has_too_many_errors = False
 
@@ -132,12 +134,9 @@ class Coordinator:
         """
         for found in self._phases.start():
             self._diary.tell(found)
+        outcomes: list[Outcome] = []
         while not self.is_finished and not (self._is_draining and not self._leases.num_leased):
-            self.recoveries += self._staffing.release_leavers()
-            if not self._is_draining:
-                self._staffing.start(time.monotonic())
-                self._handout.pending()
-                self._handout.learning(self._plan.num_rows - self.totals.rows)
+            self._hand_out(outcomes)
             with self._waiting:
                 outcomes = list(self._fleet.wait(_TICK_S))
             for outcome in outcomes:
@@ -148,6 +147,28 @@ class Coordinator:
         self._on_progress(self.progress())
         if self._has_too_many_errors:
             rules.check_errors(self.totals, self._spec.run, self._plan.num_rows)
+
+    def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
+        """Give work to whoever has room for more.
+
+        Mostly that is who has just finished something. All replicas are looked at, which takes
+        longer the more there are, when nothing or anything else has happened, and now and then.
+
+        Args:
+            outcomes: what has just been taken in.
+        """
+        is_ordinary = bool(outcomes) and all(outcome.is_ordinary for outcome in outcomes)
+        if is_ordinary and self._num_refills < _MOST_REFILLS:
+            self._num_refills += 1
+            if not self._is_draining:
+                self._handout.refill(outcome.slot for outcome in outcomes if outcome.lease)
+            return
+        self._num_refills = 0
+        self.recoveries += self._staffing.release_leavers()
+        if not self._is_draining:
+            self._staffing.start(time.monotonic())
+            self._handout.pending()
+            self._handout.learning(self._plan.num_rows - self.totals.rows)
 
     def progress(self) -> Progress:
         """The job now."""

@@ -147,6 +147,12 @@ class Outcome:
     failed: str | None = None
     is_ours: bool = False
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether a replica that stays has finished a chunk or told its progress."""
+        is_well = self.lost is None and self.failed is None and not self.slot.is_leaving
+        return is_well and self.call in ("process", "progress")
+
 
 class Fleet:
     """The job's slots and the calls under way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 
 from eevp_batch.cluster import news, stragglers
 from eevp_batch.cluster.backlog import Backlog, ChunkTask
@@ -27,11 +28,14 @@ class Handout:
     def __init__(self, fleet: Fleet, backlog: Backlog, phases: Phases, diary: Diary) -> None:
         self._fleet, self._backlog, self._phases = fleet, backlog, phases
         self._diary, self._leases = diary, backlog.leases
+        self._num_sharing = 1
 
     def pending(self) -> None:
         """Lease pending chunks to the replicas that hold the fewest."""
         if not self._leases.num_pending:
             return
+        present = sum(s.handle is not None and not s.is_leaving for s in self._fleet.slots)
+        self._num_sharing = max(1, present)
         share = self._fair_share()
         with_room = [
             (held, slot.index, slot)
@@ -45,6 +49,17 @@ class Handout:
             # Where it gets nothing, others may: one that holds less may be kept for a suspect.
             if self._lease(slot) and held + 1 < min(slot.max_leases, share):
                 heapq.heappush(with_room, (held + 1, index, slot))
+
+    def refill(self, slots: Iterable[Slot]) -> None:
+        """Lease pending chunks to some replicas, whoever else may have room.
+
+        Args:
+            slots: of those that have just finished something.
+        """
+        for slot in slots:
+            most = min(slot.max_leases, self._fair_share()) if slot.can_work else 0
+            while self._leases.num_held(slot.name) < most and self._lease(slot):
+                pass
 
     def copies(self, now_s: float) -> int:
         """Let idle replicas do the last chunks as well where they should be faster.
@@ -95,8 +110,7 @@ class Handout:
 
     def _fair_share(self) -> int:
         """Chunks a replica may hold so that the last ones spread over all that have a place."""
-        sharing = sum(s.handle is not None and not s.is_leaving for s in self._fleet.slots)
-        return math.ceil(self._leases.num_unfinished / max(1, sharing))
+        return math.ceil(self._leases.num_unfinished / self._num_sharing)
 
     def _lease(self, slot: Slot) -> bool:
         found = self._backlog.lease(slot.name, self._phases.phase)

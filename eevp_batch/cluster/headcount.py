@@ -61,13 +61,14 @@ class Headcount:
         Args:
             now_s: monotonic time.
         """
-        idle = [slot for slot in self._slots if not slot.is_empty and not self._is_busy(slot)]
         if self._leases.num_pending:
             for slot in self._slots:
                 slot.idle_since_s = None
             return []
+        idle = [slot for slot in self._slots if not slot.is_empty and not self._is_busy(slot)]
+        since_s = {slot: slot.idle_since_s or now_s for slot in idle}
         for slot in self._slots:
-            slot.idle_since_s = (slot.idle_since_s or now_s) if slot in idle else None
+            slot.idle_since_s = since_s.get(slot)
         placed = [slot for slot in idle if slot.handle is not None]
         # The one that stays is one that could work at once, if there is one.
         spare = next((slot for slot in placed if slot.ready is not None), None)

@@ -24,6 +24,7 @@ from ray.job_submission import JobSubmissionClient
 
 from eevp_batch.cluster.addresses import api_server, unreachable
 from eevp_batch.cluster.cluster_job import ClusterJob, ours
+from eevp_batch.cluster.environment import environment
 from eevp_batch.cluster.ray_safety import refuse_old_ray, refuse_open_dashboard
 from eevp_batch.errors import ClusterError, UsageError
 
@@ -224,7 +225,7 @@ class _Client(JobSubmissionClient):
 
     def __init__(self, url: str, **options: Any) -> None:
         # The job names its cluster; these would replace it.
-        with without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
             super().__init__(url, **options)
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
@@ -240,16 +241,6 @@ def _headers() -> dict[str, str]:
         return {str(name): str(value) for name, value in json.loads(text).items()}
     except (ValueError, AttributeError) as error:
         raise UsageError(f"{HEADERS}: found no JSON object; allowed: {{name: value}}") from error
-
-
-@contextlib.contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Take variables out of the environment for the block."""
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.job_config import JobConfig
 
 from eevp_batch.cluster import guard
+from eevp_batch.cluster.environment import environment
 from eevp_batch.cluster.head_watch import HeadWatch, watched_head, watched_ray
 from eevp_batch.cluster.ray_safety import refuse_old_ray
 from eevp_batch.errors import ClusterError, first_line
@@ -99,7 +100,7 @@ def _start(
     num_cpus: int, dashboard: bool, folder: str, marker: str, metadata: dict[str, str] | None
 ) -> LocalRay:
     be_quiet()
-    with _environment({**_VARIABLES, _MARKER: marker}), _loopback_kept():
+    with environment({**_VARIABLES, _MARKER: marker}), _loopback_kept():
         try:
             context: Any = ray.init(
                 address="local",
@@ -165,21 +166,6 @@ def _guarded(marker: str, folder: str) -> Iterator[None]:
         if stdin is not None:
             stdin.close()
         process.wait()
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for what is started within the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _short_folder() -> str:

@@ -6,7 +6,7 @@ live in, and the names of calls are few, since Ray counts tasks by name.
 
 from __future__ import annotations
 
-from eevp_batch.cluster.cluster_job import NAME, OUTPUT, RUN_ID
+from eevp_batch.cluster.cluster_job import NAME, OURS, OUTPUT, RUN_ID
 
 CALLS = {
     "ready": "load the model",
@@ -23,7 +23,7 @@ def job_name(run_id: str) -> str:
     Args:
         run_id: `corpus-demo-` and a random number.
     """
-    return f"eevp:{run_id.rpartition('-')[0] or run_id}"
+    return OURS + (run_id.rpartition("-")[0] or run_id)
 
 
 def actor_name(namespace: str, replica: str) -> str:
@@ -38,5 +38,5 @@ def actor_name(namespace: str, replica: str) -> str:
 
 
 def job_metadata(run_id: str, output: str) -> dict[str, str]:
-    """What a driver tells Ray of its job; the dashboard shows `job_name` as the job's name."""
+    """What Ray is told of a job; the dashboard shows `job_name` as the job's name."""
     return {NAME: job_name(run_id), RUN_ID: run_id, OUTPUT: output}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eevp_batch.errors import InputError, SpecError
 from eevp_batch.spec_file import SpecSource
-from eevp_batch.storage.inputs import list_inputs
+from eevp_batch.storage.listing import list_inputs
 from eevp_batch.storage.location import is_uri, locate
 from eevp_batch.storage.sent_inputs import sent_name, sent_path
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import eevp_batch
-from eevp_batch.cluster.cluster_job import NAME, OUTPUT, PROGRESS, RUN_ID, ClusterJob
+from eevp_batch.cluster.cluster_job import PROGRESS, ClusterJob
 from eevp_batch.cluster.job_server import EntryPoint, JobServer
+from eevp_batch.cluster.ray_names import job_metadata
 from eevp_batch.cluster.ray_safety import FORCE
 from eevp_batch.cluster.sending import SENT_INPUTS, Parcel
 from eevp_batch.errors import JobFailedError, JobInterruptedError, SpecError
@@ -72,9 +73,7 @@ def entry_point(
             command=shlex.join(words),
             runtime_env=environment,
             metadata={
-                NAME: source.spec.name,
-                RUN_ID: run_id,
-                OUTPUT: out,
+                **job_metadata(run_id, out),
                 PROGRESS: "submitted",
                 "eevp_batch": eevp_batch.__version__,
             },

@@ -16,6 +16,9 @@ import torch
 
 from eevp_batch.errors import UsageError
 
+FREE_SHARE = 0.85
+"""Of a device's free memory that is used; the rest is for what a step needs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

@@ -1,4 +1,4 @@
-"""Keeping freed host memory in the process."""
+"""Keeping freed host memory in the process, and letting it go."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether there is a glibc that took the settings.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         return False
     settings = {
         _ARENA_MAX: 1,
@@ -33,3 +31,21 @@ def keep_freed_memory() -> bool:
         _TOP_PAD: _TOP_PAD_BYTES,
     }
     return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def let_freed_memory_go() -> None:
+    """Give back to the system what is freed; for between two phases, where it would only be kept.
+
+    Reading a model frees copies of its weights as they are laid out, layer by layer.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is one with glibc's settings."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from eevp_batch.engine.devices import FREE_SHARE
 from eevp_batch.engine.segment_times import full_batch
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
@@ -17,7 +18,6 @@ AUTO_BATCH_FLOAT32 = {"cpu": 128, "cuda": 256}
 AUTO_TOKENS = {"cpu": 2048, "cuda": 8192}
 STEP_TOKENS = {"cpu": 128, "cuda": 2048}
 AUTO_HOST_SHARE, AUTO_HOST_BYTES = 0.25, 4 << 30
-AUTO_DEVICE_SHARE = 0.85
 AGE_CAP_STEPS = 256
 
 
@@ -119,5 +119,5 @@ def _pages_that_fit(engine: EngineSpec, model: SegmentedModel) -> int:
 
 def _auto_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * AUTO_DEVICE_SHARE)
+        return int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
     return min(int(psutil.virtual_memory().available * AUTO_HOST_SHARE), AUTO_HOST_BYTES)

@@ -13,7 +13,7 @@ from eevp_batch.engine.cut import cut_model
 from eevp_batch.engine.devices import Device, replica_devices
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import FittedExits
-from eevp_batch.engine.host_memory import keep_freed_memory
+from eevp_batch.engine.host_memory import keep_freed_memory, let_freed_memory_go
 from eevp_batch.engine.placed_model import place_model
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -196,4 +196,5 @@ def build_engine(
     """
     keep_freed_memory()
     found = cut_model(weights, tokenizer, exit, fitted, kernel, cut, devices, engine.kv_memory)
+    let_freed_memory_go()
     return found.engine(tokenizer, exit, sampling, engine)

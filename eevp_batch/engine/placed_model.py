@@ -11,15 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eevp_batch.engine.attention import Gather
-from eevp_batch.engine.devices import Device, sharers
+from eevp_batch.engine.devices import FREE_SHARE, Device, sharers
 from eevp_batch.engine.kv_store import PAGE_SIZE
 from eevp_batch.engine.placement import ModelBytes, Room, place
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.stored_weights import is_tied
 from eevp_batch.errors import ModelError
 
-MEMORY_SHARE = 0.85
-"""Of what is free; the rest is for what a step needs."""
 USEFUL_TOKENS = 1 << 20
 """Tokens that keys and values need room for at most, before balance is what counts: 512 sequences
 of 2,048."""
@@ -105,5 +103,5 @@ def rooms(devices: Sequence[Device]) -> list[Room]:
             free = torch.cuda.mem_get_info(device.at)[0]
         else:
             free = psutil.virtual_memory().available
-        found.append(Room(str(device), int(free * MEMORY_SHARE) // sharers(device, devices)))
+        found.append(Room(str(device), int(free * FREE_SHARE) // sharers(device, devices)))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -128,8 +129,9 @@ class PlainDisplay:
         self.message(describe(progress))
 
     def message(self, text: str) -> None:
-        """Write one line."""
-        print(text, file=self._stream, flush=True)
+        """Write one line; a job does not end because its log's disk is full or nobody reads it."""
+        with contextlib.suppress(OSError):
+            print(text, file=self._stream, flush=True)
 
 
 class BarDisplay:

@@ -120,7 +120,8 @@ class BarStages:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
             self._stage = stage
-            self._bar.add_task(stage, total=total)
+            self._bar.add_task(stage, total=total, completed=done)
+            self._bar.refresh()
         self._bar.update(self._bar.task_ids[-1], completed=done)
         if done == total:
             self.message(f"{stage}: done")

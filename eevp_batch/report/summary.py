@@ -13,7 +13,7 @@ from eevp_batch.errors import JobFailedError
 from eevp_batch.records import ChunkStats, RowId
 from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk
-from eevp_batch.storage.commit_record import committed_chunks, patch_counts
+from eevp_batch.storage.commit_record import recorded
 from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.status import State, Status, read_status
 from eevp_batch.storage.store import Store
@@ -156,7 +156,7 @@ def read_samples(store: Store, plan: Plan, count: int) -> list[Sample]:
     Raises:
         JobFailedError: a part cannot be read.
     """
-    done, patches = committed_chunks(store), patch_counts(store)
+    done, patches = recorded(store)
     keys = filter(None, map(layout.part_key, store.names(layout.DATA_DIR)))
     parts = sorted((c, patch) for c, patch in keys if c in done and patch <= patches[c])
     samples: dict[tuple[RowId, int], Sample] = {}

@@ -27,9 +27,9 @@ from eevp_batch.storage.commit_record import (
     CommitRecord,
     CommittedChunk,
     committed_chunks,
-    patch_counts,
     read_committed,
     read_record,
+    recorded,
 )
 from eevp_batch.storage.ids import ids_digest
 from eevp_batch.storage.lock import HeldLock
@@ -120,7 +120,7 @@ class Committer:
 
     def chunks(self) -> Iterator[CommittedChunk]:
         """The committed chunks with their patches, in order, a few of them in memory at a time."""
-        done, patches = self.committed(), patch_counts(self.store)
+        done, patches = recorded(self.store)
 
         def read(chunk_id: int) -> CommittedChunk | None:
             return read_committed(self.store, chunk_id, patches[chunk_id])
@@ -154,7 +154,7 @@ class Committer:
         """
         for folder in (*_FOLDERS, layout.LEARNED_DIR):
             self.store.settle(folder)
-        done, patches = self.committed(), patch_counts(self.store)
+        done, patches = recorded(self.store)
         self._remove_attempts()
         for folder in ("", *_FOLDERS):
             for name in self.store.names(folder):

@@ -88,23 +88,33 @@ class CommittedChunk:
         return total
 
 
-def committed_chunks(store: Store) -> set[int]:
-    """The recorded chunks, from the names of the records alone."""
-    ids = (layout.record_chunk_id(name) for name in store.names(layout.COMMITS_DIR))
-    return {chunk_id for chunk_id in ids if chunk_id is not None}
-
-
-def patch_counts(store: Store) -> Counter[int]:
-    """Patches of each recorded chunk, from the names of the records alone.
+def recorded(store: Store) -> tuple[set[int], Counter[int]]:
+    """The recorded chunks, and the patches of each, from one listing of the records' names.
 
     A patch counts where those before it and the chunk itself are recorded.
     """
-    keys = {layout.record_key(name) for name in store.names(layout.COMMITS_DIR)}
+    done: set[int] = set()
+    patches: list[tuple[int, int]] = []
+    for key in filter(None, map(layout.record_key, store.names(layout.COMMITS_DIR))):
+        if key[1]:
+            patches.append(key)
+        else:
+            done.add(key[0])
     counts: Counter[int] = Counter()
-    for chunk_id in {key[0] for key in keys if key and key[1]}:
-        while (chunk_id, counts[chunk_id]) in keys and (chunk_id, counts[chunk_id] + 1) in keys:
-            counts[chunk_id] += 1
-    return counts
+    for chunk_id, patch in sorted(patches):
+        if chunk_id in done and patch == counts[chunk_id] + 1:
+            counts[chunk_id] = patch
+    return done, counts
+
+
+def committed_chunks(store: Store) -> set[int]:
+    """The recorded chunks, from the names of the records alone."""
+    return recorded(store)[0]
+
+
+def patch_counts(store: Store) -> Counter[int]:
+    """Patches of each recorded chunk, from the names of the records alone."""
+    return recorded(store)[1]
 
 
 def read_committed(store: Store, chunk_id: int, num_patches: int) -> CommittedChunk | None:

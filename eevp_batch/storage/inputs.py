@@ -1,8 +1,7 @@
-"""Input Parquet files: which ones a job names, and reading a run of rows of some columns of one."""
+"""One input Parquet file: its footer, and reading a run of rows of some of its columns."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from eevp_batch.errors import InputError
-from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+from eevp_batch.storage.location import locate
 from eevp_batch.storage.page_guard import (
     ColumnRun,
     PageGuard,
@@ -24,7 +23,7 @@ from eevp_batch.storage.page_guard import (
 )
 from eevp_batch.storage.retries import Patience, keep_trying
 
-_ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
+ALLOWED = "a Parquet file, a folder of them, a glob, a list of these, or a URI"
 PATIENCE = Patience()
 _MAGIC, _ENCRYPTED = b"PAR1", b"PARE"
 MAX_FOOTER_BYTES = 32 << 20
@@ -42,85 +41,6 @@ _READ_BUFFER_BYTES = 1 << 20
 # dictionary may hold; beyond that, batches have fewer rows. The guard has the last word.
 _BATCH_BYTES = 128 << 20
 _Answer = TypeVar("_Answer")
-
-
-def list_inputs(paths: str | Sequence[str]) -> list[str]:
-    """The Parquet files that `input.path` names, each once.
-
-    A name that exists is taken literally, whatever characters it has; only then is it a pattern.
-    Folders are searched to the bottom for `*.parquet`, names that start with `.` or `_` left out.
-    Files of one entry are sorted by path; entries keep their order.
-
-    Raises:
-        InputError: an entry names no file.
-    """
-    entries = [paths] if isinstance(paths, str) else list(paths)
-    found = dict.fromkeys(path for entry in entries for path in _expand(entry))
-    if not found:
-        raise InputError(str(paths), "input.path", "an empty list", _ALLOWED)
-    return list(found)
-
-
-def _expand(entry: str) -> list[str]:
-    location = locate(entry)
-    kind = location.filesystem.get_file_info(location.path).type
-    if kind == pa.fs.FileType.File:
-        return [location.text]
-    if kind == pa.fs.FileType.Directory:
-        names = [name for name in _files_below(location, True) if name.endswith(".parquet")]
-        found = [name for name in names if not any(p[0] in "._" for p in name.split("/"))]
-        missing = "a folder without *.parquet files"
-    else:
-        location, pattern = _split_glob(entry)
-        found = _match_below(location, pattern)
-        missing = "a pattern that matches no file" if pattern else "no such file or folder"
-    if not found:
-        raise InputError(entry, "input.path", missing, _ALLOWED)
-    return [join(location.text, name) for name in sorted(found)]
-
-
-def _split_glob(entry: str) -> tuple[Location, list[str]]:
-    """Split into the deepest folder without a wildcard and the pattern's parts below it."""
-    if is_uri(entry):
-        base, path = split_uri(entry)
-    else:
-        base, path = "", locate(entry).path
-    parts = path.split("/")
-    wild = [i for i, part in enumerate(parts) if any(c in part for c in "*?[")]
-    first = wild[0] if wild else len(parts)
-    folder = "/".join(parts[:first]) or "/"
-    return locate(join(base, folder.lstrip("/")) if base else folder), parts[first:]
-
-
-def _match_below(location: Location, pattern: list[str]) -> list[str]:
-    if not pattern:
-        return []
-    names = _files_below(location, recursive=len(pattern) > 1 or "**" in pattern)
-    return [name for name in names if _matches(name.split("/"), pattern)]
-
-
-def _files_below(location: Location, recursive: bool) -> list[str]:
-    """Paths of the files below a folder, relative to it."""
-    selector = pa.fs.FileSelector(location.path, recursive=recursive, allow_not_found=True)
-    start = len(location.path.rstrip("/")) + 1
-    infos = location.filesystem.get_file_info(selector)
-    return [info.path[start:] for info in infos if info.type == pa.fs.FileType.File]
-
-
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Match path parts as a shell does: `**` is any number of folders, `*` spares hidden names."""
-    if not pattern or not parts:
-        return pattern == parts
-    if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or (
-            not parts[0].startswith(".") and _matches(parts[1:], pattern)
-        )
-    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
-    return (
-        not hidden
-        and fnmatch.fnmatchcase(parts[0], pattern[0])
-        and _matches(parts[1:], pattern[1:])
-    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +71,7 @@ class InputParquet:
         location = locate(text)
         info = patiently(text, partial(location.filesystem.get_file_info, location.path))
         if info.type != pa.fs.FileType.File:
-            raise InputError(text, "input.path", "no such file", _ALLOWED)
+            raise InputError(text, "input.path", "no such file", ALLOWED)
         try:
             return patiently(text, partial(_open, text, info.size, info.mtime_ns))
         except UNREADABLE as error:

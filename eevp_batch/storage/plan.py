@@ -12,8 +12,8 @@ from eevp_batch.model_config import ModelConfig
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.fingerprint import fingerprint_fields, fingerprint_of
-from eevp_batch.storage.inputs import list_inputs
 from eevp_batch.storage.links import refuse_links
+from eevp_batch.storage.listing import list_inputs, refuse_own_output
 from eevp_batch.storage.scan import Chunk, InputFile, scan
 from eevp_batch.storage.schema import Extras, IdType
 from eevp_batch.storage.store import Store
@@ -156,6 +156,7 @@ def make_plan(spec: JobSpec, model: ModelConfig) -> Plan:
         InputError: a file, column, type or id cannot be used.
         UsageError: the exit layers do not fit the model.
     """
+    refuse_own_output(spec.input.path, spec.output.path)
     found = scan(list_inputs(spec.input.path), spec)
     fields = fingerprint_fields(spec, model, FORMAT_VERSION, found.files, found.kept_columns)
     return Plan(

@@ -20,7 +20,8 @@ from eevp_batch.spec import InputSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.chunks import iter_rows, read_chunk, table_ids
 from eevp_batch.storage.commit_record import patch_counts
-from eevp_batch.storage.inputs import InputParquet, list_inputs
+from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.listing import list_inputs
 from eevp_batch.storage.plan import Chunk, Plan, read_plan
 from eevp_batch.storage.store import Store
 from eevp_batch.tune.states import Row, prompt_key

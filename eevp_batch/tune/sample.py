@@ -10,7 +10,8 @@ import pyarrow as pa
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.errors import InputError, RowError
 from eevp_batch.storage.chunks import iter_rows
-from eevp_batch.storage.inputs import InputParquet, list_inputs
+from eevp_batch.storage.inputs import InputParquet
+from eevp_batch.storage.listing import list_inputs
 from eevp_batch.storage.schema import listed
 
 BLOCKS = 16

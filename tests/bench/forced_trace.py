@@ -12,7 +12,6 @@ comes there, keys and values of skipped layers as the policy fills them, prompts
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -316,10 +315,8 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     rows = measure(Bench(chosen), chosen)
     print("\n".join([LEGEND, verdict(rows)]))
-    if chosen.out:
-        setup = machine.setup() | {**vars(chosen), "out": str(chosen.out)}
-        text = json.dumps({"setup": setup, "rows": rows}, indent=1)
-        chosen.out.write_text(text + "\n", encoding="utf-8")
+    content = {"setup": machine.setup() | vars(chosen), "rows": rows}
+    machine.write_json(chosen.out, content)
 
 
 if __name__ == "__main__":

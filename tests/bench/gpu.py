@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -317,10 +316,8 @@ def main() -> None:
     print(f"{facts['device_name']}, copies at {facts['copy_bytes_per_s'] / 1e9:.0f} GB/s")
     print(f"{'batch':>5}  {'system':24}{'tokens/s':>10}{'of floor':>10}{'layer':>7}")
     found = measure(model, chosen, facts["copy_bytes_per_s"])
-    if chosen.out:
-        setup = machine.setup() | facts | {**vars(chosen), "out": str(chosen.out)}
-        text = json.dumps({"setup": setup, "runs": found}, indent=1)
-        chosen.out.write_text(text + "\n", encoding="utf-8")
+    content = {"setup": machine.setup() | facts | vars(chosen), "runs": found}
+    machine.write_json(chosen.out, content)
 
 
 if __name__ == "__main__":

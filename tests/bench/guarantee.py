@@ -19,7 +19,7 @@ import numpy as np
 
 from eevp_batch.tune.bounds import Floats, clopper_pearson, p_value
 from eevp_batch.tune.certify import fixed_sequence
-from tests.bench.throughput import write_json
+from tests.bench.machine import write_json
 
 Draw = Callable[[np.random.Generator, float, int], Floats]
 Certifier = Callable[[Floats, float, float], float]

@@ -177,10 +177,9 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     print(f"asked for, the process itself included: highest_to_model at most {LIMIT}")
-    if chosen.out:
-        kept = {name: getattr(chosen, name) for name in ("shape", "stored", "dtype", "proposal")}
-        result = {"setup": machine.setup() | kept | {"exits_off": chosen.exits_off}, **found}
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    kept = ("shape", "stored", "dtype", "proposal", "exits_off")
+    setup = machine.setup() | {name: getattr(chosen, name) for name in kept}
+    machine.write_json(chosen.out, {"setup": setup, **found})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -29,6 +30,13 @@ def setup(packages: tuple[str, ...] = ("eevp-batch", "torch", "transformers")) -
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
     }
+
+
+def write_json(path: Path | None, content: Any, indent: int | None = 1) -> None:
+    """Write a file, where one is asked for; paths among the settings become strings."""
+    if path is not None:
+        text = json.dumps(content, indent=indent, default=str)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def cpu_model() -> str:

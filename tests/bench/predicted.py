@@ -5,17 +5,18 @@ rows, are predicted from it and run. Kinds: `sleep`, a scripted engine whose ste
 in real actors, so that replicas share nothing but the coordinator; and `demo`, the demo model with
 one core for each replica. Runs of a round take turns; the machine's other load is noted.
 
-Usage: python -m tests.bench.predicted [--kinds sleep,demo] [--rounds 2] [--out FILE]
+Usage: python -m tests.bench.predicted [--kinds sleep,demo] [--dtype float32] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eevp_batch.cluster.progress import Progress
 from eevp_batch.report.scaling import Pace, measure_pace, predict
 from eevp_batch.storage.status import read_events
 from eevp_batch.storage.store import Store
-from tests.bench.machine import CpuMeter, setup
+from tests.bench.machine import CpuMeter, setup, write_json
 from tests.cluster.jobs import make_job
 from tests.cluster.scripted import Script
 from tests.conftest import DEMO_MODEL, ROOT
@@ -32,6 +33,8 @@ from tests.real_jobs import write_job
 CASES = ((1, 1), (2, 1), (1, 2))
 """Replicas, and rows in multiples of the first job's."""
 CHUNK_ROWS = 8
+Run = Callable[[Path, int, int], Progress]
+"""Runs a job in a folder, with so many replicas and rows."""
 
 
 def run_sleep(folder: Path, replicas: int, rows: int) -> Progress:
@@ -43,8 +46,8 @@ def run_sleep(folder: Path, replicas: int, rows: int) -> Progress:
     return found[-1]
 
 
-def run_demo(folder: Path, replicas: int, rows: int) -> Progress:
-    """A job with the demo model; its last progress."""
+def run_demo(dtype: str, folder: Path, replicas: int, rows: int) -> Progress:
+    """A job with the demo model in one number type; its last progress."""
     from eevp_batch.cluster.jobs import run_job
     from eevp_batch.prepare import prepare
     from eevp_batch.spec_file import dump_spec
@@ -54,7 +57,7 @@ def run_demo(folder: Path, replicas: int, rows: int) -> Progress:
         folder,
         {
             "input": {"path": f"{ROOT}/jobs/prompts/*.parquet", "limit": rows},
-            "model": {"path": str(DEMO_MODEL)},
+            "model": {"path": str(DEMO_MODEL), "dtype": dtype},
             "exit": {"mode": "off"},
             "sampling": {"max_new_tokens": 48},
             "engine": {"max_resident": 32, "max_batch": 32},
@@ -77,12 +80,11 @@ def run_demo(folder: Path, replicas: int, rows: int) -> Progress:
     return found[-1]
 
 
-RUNS = {"sleep": (run_sleep, 400), "demo": (run_demo, 192)}
+ROWS = {"sleep": 400, "demo": 192}
 
 
-def measure(kind: str, replicas: int, rows: int) -> dict[str, Any]:
+def measure(run: Run, replicas: int, rows: int) -> dict[str, Any]:
     """Run one job; its seconds, its pace, and what else the machine did."""
-    run, _ = RUNS[kind]
     with tempfile.TemporaryDirectory() as scratch:
         folder, meter = Path(scratch), CpuMeter(os.getpid())
         progress = run(folder, replicas, rows)
@@ -99,13 +101,13 @@ def measure(kind: str, replicas: int, rows: int) -> dict[str, Any]:
     }
 
 
-def compare(kind: str, rounds: int) -> list[dict[str, Any]]:
+def compare(kind: str, run: Run, rounds: int) -> list[dict[str, Any]]:
     """Measure every case in turn, predict it from the first one, and put both side by side."""
-    base = RUNS[kind][1]
+    base = ROWS[kind]
     runs: list[list[dict[str, Any]]] = [[] for _ in CASES]
     for _ in range(rounds):
         for case, (replicas, times) in enumerate(CASES):
-            runs[case].append(measure(kind, replicas, base * times))
+            runs[case].append(measure(run, replicas, base * times))
             print(f"{kind}, {replicas} replica(s): {runs[case][-1]['total_s']:.1f} s", flush=True)
     first = [run["pace"] for run in runs[0]]
     pace = Pace(**{name: statistics.median(p[name] for p in first) for name in first[0]})
@@ -145,16 +147,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", default="sleep,demo")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", help="of the demo model")
     parser.add_argument("--out", type=Path, help="write figures as JSON")
     chosen = parser.parse_args()
     os.environ["EEVP_DASHBOARD"] = "0"
+    runs: dict[str, Run] = {"sleep": run_sleep, "demo": partial(run_demo, chosen.dtype)}
     every: list[dict[str, Any]] = []
     for kind in chosen.kinds.split(","):
-        every += compare(kind, chosen.rounds)
+        every += compare(kind, runs[kind], chosen.rounds)
         show(every)
-        if chosen.out:
-            content = {"setup": setup(("eevp-batch", "torch", "ray")), "cases": every}
-            chosen.out.write_text(json.dumps(content, indent=1) + "\n")
+        about = setup(("eevp-batch", "torch", "ray")) | {"dtype": chosen.dtype}
+        write_json(chosen.out, {"setup": about, "cases": every})
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.segmented_model import SegmentedModel, SegmentOutput
 from eevp_batch.engine.sequence import ScoredTokens
 from eevp_batch.spec import ExitSpec, SamplingSpec, VocabSpec
-from tests.bench.machine import setup
+from tests.bench.machine import setup, write_json
 from tests.bench.prompts import throughput_prompts
-from tests.bench.throughput import write_json
 
 EXITS = {1: [10], 3: [10, 15, 20], 6: [10, 13, 16, 19, 22, 25]}
 KEPT = (64, 256, 1024)

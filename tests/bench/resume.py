@@ -6,6 +6,7 @@ part resumes a job of many committed chunks in a process of its own and stops it
 Replicas are scripted, everything else is real.
 
 Usage: python -m tests.bench.resume [--records 100000] [--chunks 200] [--folder FOLDER]
+           [--out resume.json]
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from eevp_batch.storage import layout
 from eevp_batch.storage.commit import Committer
 from eevp_batch.storage.plan import make_plan, open_plan
 from eevp_batch.storage.store import Store
+from tests.bench.machine import setup
 from tests.cluster.jobs import MODEL
 from tests.cluster.scripted import Script
 from tests.faults.fleet import Replica, ScriptedFleet, Zombies
@@ -178,32 +180,46 @@ def _peak_mib() -> float:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, and keep them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--chunks", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; kept")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.folder)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        print("deleted | chunks | rows to redo | rows redone")
-        for share in SHARES:
-            found = redo(Path(scratch) / f"{share}", share, options.chunks)
-            exact = "" if found.leased == found.deleted == found.rewritten else "  NOT THOSE CHUNKS"
-            counts = f"{len(found.deleted):6} | {found.rows_deleted:12} | {found.rows:11}"
-            print(f"{share:6.0%}  | {counts}{exact}")
+        redone = _print_redone(Path(scratch), options.chunks)
         folder = options.folder or Path(scratch) / "large"
         folder.mkdir(exist_ok=True)
         if not (folder / "out").exists():
             make_large(folder, options.records)
         command = [sys.executable, "-m", "tests.bench.resume", "--measure", "--folder", str(folder)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
+    resumed = {name: round(value, 2) for name, value in json.loads(done.stdout).items()}
     print(f"resume of {options.records:,} records, seconds and MiB:")
-    for name, value in json.loads(done.stdout).items():
+    for name, value in resumed.items():
         print(f"  {name:18} {value:10.2f}")
+    if options.out:
+        found = {"setup": setup(("eevp-batch", "pyarrow")), "redone": redone}
+        found |= {"resume": {"records": options.records, **resumed}}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _print_redone(folder: Path, chunks: int) -> list[dict[str, Any]]:
+    redone = []
+    print("deleted | chunks | rows to redo | rows redone")
+    for share in SHARES:
+        found = redo(folder / f"{share}", share, chunks)
+        is_exact = found.leased == found.deleted == found.rewritten
+        counts = f"{len(found.deleted):6} | {found.rows_deleted:12} | {found.rows:11}"
+        print(f"{share:6.0%}  | {counts}{'' if is_exact else '  NOT THOSE CHUNKS'}")
+        rows = {"rows_to_redo": found.rows_deleted, "rows_redone": found.rows}
+        redone.append({"deleted": share, "chunks": chunks, **rows, "those_chunks": is_exact})
+    return redone
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.launch import Rivals, Running, start
-from tests.bench.machine import setup
+from tests.bench.machine import setup, write_json
 from tests.bench.prompts import chat_prompts
 from tests.bench.quality import agreement
 from tests.bench.systems import OFF, ON
-from tests.bench.throughput import end_ids, write_json
+from tests.bench.throughput import end_ids
 
 PREFIX_TEXT = (
     "You are a careful assistant. Answer in plain words, name what you are not sure of, and keep "

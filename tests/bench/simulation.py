@@ -36,7 +36,7 @@ from eevp_batch.storage.commit import Committer
 from eevp_batch.storage.fingerprint import fingerprint_of
 from eevp_batch.storage.plan import Chunk, InputFile, Plan, read_plan
 from eevp_batch.storage.status import read_status
-from tests.bench.machine import setup
+from tests.bench.machine import setup, write_json
 from tests.bench.simulated import Behaviour, Clock, CountingBucket, Latencies, SimulatedFleet
 
 _Answer = TypeVar("_Answer")
@@ -281,9 +281,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         every[str(size)] = json.loads(done.stdout)
         show(size, every[str(size)])
-        if chosen.out:
-            content = {"setup": setup(("eevp-batch",)), "sizes": every}
-            chosen.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(chosen.out, {"setup": setup(("eevp-batch",)), "sizes": every})
 
 
 if __name__ == "__main__":

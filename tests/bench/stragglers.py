@@ -21,8 +21,7 @@ from unittest.mock import patch
 
 from eevp_batch.cluster import stragglers
 from eevp_batch.cluster.local_ray import local_ray
-from tests.bench.machine import setup
-from tests.bench.throughput import write_json
+from tests.bench.machine import setup, write_json
 from tests.cluster.jobs import Job, make_job
 from tests.cluster.scripted import Script
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.launch import Rivals, Running, start
-from tests.bench.machine import setup
+from tests.bench.machine import setup, write_json
 from tests.bench.prompts import chat_prompts
 from tests.bench.quality import Judge, agreement
 from tests.bench.rivals.wire import Outputs, Prompts
@@ -252,12 +252,6 @@ def end_ids(model_path: str) -> list[int]:
 
     found = GenerationConfig.from_pretrained(model_path).eos_token_id
     return [found] if isinstance(found, int) else list(found)
-
-
-def write_json(path: Path | None, content: Any, indent: int | None = 1) -> None:
-    """Write a file, where one is asked for."""
-    if path is not None:
-        path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

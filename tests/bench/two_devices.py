@@ -8,7 +8,6 @@ measured where it runs alone, and a pipeline that waits for nothing but its busi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -213,10 +212,8 @@ def main() -> None:
         rows.append(setting(bench, fraction, chosen.rounds))
         print(line(rows[-1]), flush=True)
     print(LEGEND)
-    if chosen.out:
-        setup = machine.setup() | {**vars(chosen), "out": str(chosen.out)}
-        text = json.dumps({"setup": setup, "rows": rows}, indent=1)
-        chosen.out.write_text(text + "\n", encoding="utf-8")
+    content = {"setup": machine.setup() | vars(chosen), "rows": rows}
+    machine.write_json(chosen.out, content)
 
 
 if __name__ == "__main__":

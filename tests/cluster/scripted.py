@@ -42,6 +42,7 @@ class Script:
         unreadable: whether no chunk's rows are ever read.
         shortages: how often the engine says that memory ran out.
         slow_s: seconds that a step takes of the engine that creates `once`.
+        hurry: a file; once it is there steps take no time.
         once: a file; killing and hanging happen only to the one that creates it.
         unbuildable: `error`, `bug` or `kill`: how the engine cannot be built.
         counting: a folder; each engine that is built leaves a file there.
@@ -58,6 +59,7 @@ class Script:
     unreadable: bool = False
     shortages: int = 0
     slow_s: float | None = None
+    hurry: str | None = None
     once: str | None = None
     unbuildable: str | None = None
     counting: str | None = None
@@ -119,7 +121,7 @@ class ScriptedEngine:
         self.most_resident = max(self.most_resident, len(self.resident))
 
     def step(self) -> list[Generation | RowFailure]:
-        if self.step_s:
+        if self.step_s and not (self.script.hurry and Path(self.script.hurry).exists()):
             time.sleep(self.step_s)
         finished: list[Generation | RowFailure] = []
         for _ in range(len(self.resident)):

@@ -10,7 +10,7 @@ import pytest
 from eevp_batch.cluster.fleet import Resources, Slot
 from eevp_batch.cluster.headcount import IDLE_S, Headcount
 from eevp_batch.cluster.leases import LeaseTable
-from eevp_batch.cluster.placement import FIRST_TOLD_S, PlacementWatch
+from eevp_batch.cluster.placement_watch import FIRST_TOLD_S, PlacementWatch
 from eevp_batch.cluster.resources import cpus_to_offer, fleet_size, replica_resources
 from eevp_batch.errors import JobFailedError, UsageError
 from eevp_batch.spec import ClusterSpec

@@ -63,10 +63,16 @@ def test_no_exit_is_searched_out_behind_the_first_that_is_perfect(
 def test_a_model_without_good_exits_is_left_alone(
     shared_ray: LocalRay, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    run_in_process(learning_job(tmp_path, tiny_llama, {"layers": [2]}))
+    """Its prompts, bridged, change a third of the tokens: none of its exits can be certified.
+
+    Whether exits that can be are fast enough depends on how long things take here.
+    """
+    exits = {"layers": [2], "kv": "bridge", "prefill": "bridge"}
+    run_in_process(learning_job(tmp_path, tiny_llama, exits))
     assert assert_phases_are_told(tmp_path / "out") == {"full": NUM_ROWS}
     (failed,) = events(tmp_path / "out", "learning_failed")
-    assert "nothing was certified" in failed["reason"] or "times the speed" in failed["reason"]
+    assert "nothing was certified" in failed["reason"]
+    assert "no number of rows would certify it" in failed["reason"]
     summary = summarise(Store.open(tmp_path / "out"))
     assert "the job goes on at full depth" in render_summary(summary, 100)
 

@@ -19,6 +19,9 @@ from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
 
 NEW_TOKENS = 20
+needs_vnni = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="8-bit products are not exact here: no VNNI"
+)
 
 # Tiny products gain nothing from a second thread and lose much when the other core is busy.
 torch.set_num_threads(1)

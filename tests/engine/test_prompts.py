@@ -19,6 +19,7 @@ from eevp_batch.errors import (
     UnreadableTextError,
     UsageError,
 )
+from eevp_batch.records import MAX_MESSAGE_CHARS, RowFailure
 from eevp_batch.spec import InputSpec, PromptSpec
 
 MakeEncoder = Callable[..., PromptEncoder]
@@ -104,6 +105,18 @@ def test_a_template_that_raises_is_an_error_row(
 ) -> None:
     with pytest.raises(PromptRenderError, match=reason):
         encoder(template=template).encode({"zero": 0})
+
+
+def test_an_error_row_does_not_hold_what_its_template_raises_in_full(
+    encoder: MakeEncoder, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = "{{ raise_exception(messages[0].content * 1000) }}"
+    with pytest.raises(PromptRenderError) as raised:
+        encoder().encode({"prompt": "endless " * 1000})
+    failure = RowFailure.of("r", raised.value)
+    assert failure.message.startswith("chat template: TemplateError: endless endless")
+    assert failure.message.endswith("... (8,000,030 characters)")
+    assert len(failure.message) < MAX_MESSAGE_CHARS + 100, "a chunk of such rows has to fit"
 
 
 @pytest.mark.parametrize("talk", [["hi"], [{"role": "user"}], [None]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,9 @@ from eevp_batch.errors import SpecError, UsageError
 from eevp_batch.spec import VocabSpec
 from eevp_batch.spec_file import load_spec_text
 from tests.bench.prompts import throughput_prompts
-from tests.engine.conftest import load_model, make_engine
+from tests.engine.conftest import load_model, make_engine, needs_vnni
 
 V, E = 1024, 64
-needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no VNNI")
 
 
 def head(dtype: torch.dtype) -> torch.Tensor:
@@ -150,10 +148,8 @@ def test_a_rank_beyond_the_width_is_refused(tiny_llama: Path) -> None:
 
 
 def test_rescoring_that_costs_more_than_the_head_is_logged(
-    tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # import-linter, run in this process by another test, turns existing loggers off.
-    monkeypatch.setattr(logging.getLogger("eevp_batch.engine.exits"), "disabled", False)
     vocab = {"proposal": "low_rank"}
     make_engine(tiny_llama, layers=[2, 4], top_k=8, max_batch=1, vocab=vocab)
     assert not caplog.records, "8 ids of one row are cheap"

@@ -13,7 +13,7 @@ import torch
 
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import DecaySpec, SamplingSpec
-from tests.engine.conftest import load_model, make_engine, oracle, run
+from tests.engine.conftest import load_model, make_engine, needs_vnni, oracle, run
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
 
 
@@ -85,7 +85,7 @@ def test_keeping_the_whole_vocabulary_equals_no_pruning(
     assert all(same(pruned[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("proposal", ["int8", "low_rank"])
+@pytest.mark.parametrize("proposal", [pytest.param("int8", marks=needs_vnni), "low_rank"])
 def test_keeping_the_whole_vocabulary_of_a_proposal_equals_no_pruning(
     tiny_llama: Path, prompts: list[Prompt], proposal: str
 ) -> None:
@@ -96,7 +96,10 @@ def test_keeping_the_whole_vocabulary_of_a_proposal_equals_no_pruning(
     assert all(same(pruned[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("vocab", [{"proposal": "int8"}, {"proposal": "low_rank", "rank": 8}])
+@pytest.mark.parametrize(
+    "vocab",
+    [pytest.param({"proposal": "int8"}, marks=needs_vnni), {"proposal": "low_rank", "rank": 8}],
+)
 def test_a_row_of_a_proposal_alone_equals_the_row_in_a_mixed_batch(
     tiny_llama: Path, prompts: list[Prompt], vocab: dict[str, Any]
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -39,24 +41,39 @@ class Tally:
 
     Attributes:
         histories: how many, those of shrinking included.
-        crashes: how often a history had so many crashes that happened.
+        runs: of their jobs.
+        zombies: attempts that were finished although nobody waited for them.
+        by_crashes: how many histories had so many crashes that happened.
+        kinds: crashes, by kind.
+        reached: how often each named point was reached.
+        crashed: how often a crash happened there.
     """
 
-    machine: Machine = field(default_factory=Machine)
     histories: int = 0
     runs: int = 0
     zombies: int = 0
-    crashes: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(5), 0))
+    by_crashes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    reached: Counter[str] = field(default_factory=Counter)
+    crashed: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Tally) -> Tally:
+        mine, others = vars(self), vars(other)
+        return Tally(**{name: mine[name] + others[name] for name in mine})
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tally:
+        """From what `vars` says of one."""
+        return cls(**{k: Counter(v) if isinstance(v, dict) else v for k, v in data.items()})
 
     def __str__(self) -> str:
-        machine = self.machine
-        kinds = ", ".join(f"{count:,} by {kind}" for kind, count in sorted(machine.kinds.items()))
-        numbers = ", ".join(f"{number}: {count:,}" for number, count in self.crashes.items())
+        kinds = ", ".join(f"{count:,} by {kind}" for kind, count in sorted(self.kinds.items()))
+        numbers = ", ".join(f"{number}: {n:,}" for number, n in sorted(self.by_crashes.items()))
         return (
             f"{self.histories:,} histories, {self.runs:,} runs of their jobs\n"
             f"histories by number of crashes: {numbers}\n"
-            f"{machine.crashed.total():,} crashes ({kinds}) at {len(machine.crashed)} of "
-            f"{len(machine.reached)} named points that were reached; {self.zombies:,} attempts of "
+            f"{self.crashed.total():,} crashes ({kinds}) at {len(self.crashed)} of "
+            f"{len(self.reached)} named points that were reached; {self.zombies:,} attempts of "
             "zombies finished"
         )
 
@@ -68,7 +85,7 @@ def draw_histories(count: int, first_seed: int = 0) -> Tally:
         count: how many.
         first_seed: another one, other histories.
     """
-    tally = Tally()
+    tally, machine = Tally(), Machine()
 
     @seed(first_seed)
     @settings(
@@ -81,14 +98,21 @@ def draw_histories(count: int, first_seed: int = 0) -> Tally:
     @given(_settings, _crashes, st.integers(0, 2**32 - 1))
     def history(setting: Setting, places: list[tuple[float, Kind]], chance: int) -> None:
         with tempfile.TemporaryDirectory(prefix="eevp-history-") as folder:
-            _live(setting, places, chance, Path(folder), tally)
+            _live(setting, places, chance, Path(folder), machine, tally)
 
     history()
+    tally.kinds.update(machine.kinds)
+    tally.reached, tally.crashed = machine.reached, machine.crashed
     return tally
 
 
 def _live(
-    setting: Setting, places: list[tuple[float, Kind]], chance: int, folder: Path, tally: Tally
+    setting: Setting,
+    places: list[tuple[float, Kind]],
+    chance: int,
+    folder: Path,
+    machine: Machine,
+    tally: Tally,
 ) -> None:
     undisturbed = Job(setting, folder / "undisturbed", Machine(), chance)
     live(undisturbed)
@@ -98,11 +122,11 @@ def _live(
         Crash(1 + int(length / turn * place), kind)
         for turn, (place, kind) in enumerate(places, start=1)
     ]
-    before = tally.machine.crashed.total()
-    job = Job(setting, folder / "disturbed", tally.machine, chance)
+    before = machine.crashed.total()
+    job = Job(setting, folder / "disturbed", machine, chance)
     live(job, crashes)
     assert job.output() == undisturbed.output(), "the output is the undisturbed one"
     tally.histories += 1
     tally.runs += job.runs
     tally.zombies += job.zombies.num_finished
-    tally.crashes[tally.machine.crashed.total() - before] += 1
+    tally.by_crashes[str(machine.crashed.total() - before)] += 1

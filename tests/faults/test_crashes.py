@@ -95,8 +95,8 @@ def test_drawn_histories_end_as_if_undisturbed(capsys: pytest.CaptureFixture[str
     tally = draw_histories(25)
     with capsys.disabled():
         print(f"\n{tally}")
-    assert tally.histories >= 25 and tally.machine.crashed.total() > 25
-    assert len(tally.machine.kinds) == 3, "processes were killed and lost, and the power went"
+    assert tally.histories >= 25 and tally.crashed.total() > 25
+    assert len(tally.kinds) == 3, "processes were killed and lost, and the power went"
 
 
 @pytest.mark.slow

@@ -39,16 +39,12 @@ class Target:
     """One reader.
 
     Attributes:
-        name: what is read.
         cases: draws inputs.
         check: reads one and says in a word what became of it; raises our own errors, nothing else.
-        weight: its share of all cases, relative to the others'.
     """
 
-    name: str
     cases: st.SearchStrategy[Any]
     check: Callable[[Any], str]
-    weight: int
 
 
 # --- job files -----------------------------------------------------------------------------------
@@ -84,7 +80,7 @@ def _job_file_target() -> Target:
     values = st.sampled_from([json.dumps(v) for v in HOSTILE_VALUES] + _YAML) | st.text(max_size=5)
     overrides = st.lists(st.tuples(st.sampled_from(_names(jobs[0])), values), max_size=2)
     cases = st.tuples(st.sampled_from(jobs) | edited_texts(jobs, _YAML), overrides)
-    return Target("job file and --set", cases, _check_job_file, 15)
+    return Target(cases, _check_job_file)
 
 
 # --- Parquet -------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ def _parquet_target() -> Target:
         finally:
             path.unlink()
 
-    return Target("input Parquet", edited_bytes(_parquet_files()), check, 25)
+    return Target(edited_bytes(_parquet_files()), check)
 
 
 # --- what a job has left -------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def _output_target() -> Target:
 
     rels = [rel for rel in whole if rel.endswith((".json", ".jsonl", ".parquet", "_SUCCESS"))]
     assert verify(store).problems == [], "it is whole before it is damaged"
-    return Target("output folder", st.one_of(*map(damaged, rels)), check, 8)
+    return Target(st.one_of(*map(damaged, rels)), check)
 
 
 def _encoded(text: str) -> bytes:
@@ -236,7 +232,7 @@ def _calibration_target() -> Target:
         found.refuse_others(intact.binding, "calibration.json")
         return "a certificate"
 
-    return Target("calibration file", edited_json([text]), check, 25)
+    return Target(edited_json([text]), check)
 
 
 def _manifest_target() -> Target:
@@ -248,7 +244,7 @@ def _manifest_target() -> Target:
         read_manifest(folder)
         return "a manifest"
 
-    return Target("fitted.json", edited_json([json.dumps(_MANIFEST)]), check, 10)
+    return Target(edited_json([json.dumps(_MANIFEST)]), check)
 
 
 def _model_target() -> Target:
@@ -275,7 +271,7 @@ def _model_target() -> Target:
         return "a model"
 
     cases = [st.tuples(st.just(name), edited_json([text])) for name, text in files.items()]
-    return Target("model folder", st.one_of(*cases), check, 10)
+    return Target(st.one_of(*cases), check)
 
 
 # --- templates and prompts -----------------------------------------------------------------------
@@ -335,17 +331,27 @@ def _template_target() -> Target:
         assert may_write or not special & set(found), "a row wrote a control token"
         return "a prompt"
 
-    return Target("templates and rows", cases, check, 7)
+    return Target(cases, check)
 
 
-def all_targets() -> list[Target]:
-    """Every target, the lightest imports first."""
-    return [
-        _job_file_target(),
-        _parquet_target(),
-        _output_target(),
-        _calibration_target(),
-        _manifest_target(),
-        _model_target(),
-        _template_target(),
-    ]
+class Reader(NamedTuple):
+    """A target to be made.
+
+    Attributes:
+        weight: its share of all cases, relative to the others'.
+    """
+
+    make: Callable[[], Target]
+    weight: int
+
+
+READERS = {
+    "job file and --set": Reader(_job_file_target, 15),
+    "input Parquet": Reader(_parquet_target, 25),
+    "output folder": Reader(_output_target, 8),
+    "calibration file": Reader(_calibration_target, 25),
+    "fitted.json": Reader(_manifest_target, 10),
+    "model folder": Reader(_model_target, 10),
+    "templates and rows": Reader(_template_target, 7),
+}
+"""What is fuzzed, by what is read."""

@@ -55,6 +55,18 @@ def test_plain_lines_are_seconds_apart_and_the_last_state_is_written() -> None:
     assert len(set(lines)) == len(lines), "nothing is written twice"
 
 
+def test_a_log_that_cannot_be_written_ends_no_job() -> None:
+    with open("/dev/full", "w") as full, PlainDisplay(full) as display:
+        display.message("replica-0 died")
+        display.update(BUSY)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # closing it writes the rest
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, PlainDisplay(pipe) as display:
+        display.message("replica-0 died")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
+
+
 def test_plain_lines_grow_rarer_in_a_long_run() -> None:
     assert len(plain_lines(moments=3600 * 3, step_s=1.0)) < 300
 

@@ -1,0 +1,445 @@
+"""The steps of a workload. Each leaves a JSON file in the workload's folder, and is done once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from eevp_batch.engine.cut import cut_model
+from eevp_batch.engine.load import load_job_model
+from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.fitted_config import job_binding, read_manifest
+from eevp_batch.prepare import prepare
+from eevp_batch.report.summary import summarise
+from eevp_batch.storage.store import Store
+from eevp_batch.tune.bounds import Losses, least_rows, p_value, rows_needed_by_betting
+from eevp_batch.tune.calibrate import TokenRisk, calibrate
+from eevp_batch.tune.calibrate_job import TUNING_SHARE, job_costs, replay_settings
+from eevp_batch.tune.calibration_result import CalibrationResult
+from eevp_batch.tune.certify import certify as certified_place
+from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.fit import split_rows
+from eevp_batch.tune.job_rows import output_rows
+from eevp_batch.tune.potential import measure_potential
+from eevp_batch.tune.replay import Replay, Thresholds
+from eevp_batch.tune.states import Row
+from eevp_batch.tune.survey import quick_heads
+from tests.bench.exits_pay import OFF, Trial, charged, figures, measure
+from tests.bench.machine import write_json
+from tests.bench.quality import Judge
+from tests.bench.workloads_jobs import Sizes, Workload
+
+EPSILON = 0.05
+UNFITTED_ROWS = 100
+"""At most so many calibrate what is not fitted, which is not expected to pay."""
+LOOKED_AT = 64
+"""Rows that every layer is looked at with; twice as many fit the heads to look through."""
+PERPLEXITY_ROWS = 128
+CHARGE_TO = 20_000
+TARGETS = (0.99, 0.95, 0.9)
+"""Of the search of exit layers; the next one where none pays at the one before."""
+STOCK_LAYERS = "20,25"
+"""Where none pays at any of them: those of jobs/corpus.yaml."""
+
+KV_POLICIES = ("propagate", "bridge", "recompute", "verify")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Exits that are tried.
+
+    Attributes:
+        fit: what `fit` is asked for, beside the rows; None: nothing is fitted for it.
+        heads: the stage whose fit it uses; None: no heads.
+        exit: what the job says of them.
+    """
+
+    fit: tuple[str, ...] | None
+    heads: str | None
+    exit: tuple[str, ...]
+
+
+_LOW_RANK = ("exit.kv=bridge", "exit.vocab.proposal=low_rank")
+_FIT = ("--proposal-rank", "64", "--tail", "2")
+STAGES: dict[str, Stage] = {
+    "logit lens": Stage(None, None, ("exit.kv=propagate",)),
+    "heads": Stage(_FIT, "heads", _LOW_RANK),
+    "heads, prompts bridged": Stage(None, "heads", (*_LOW_RANK, "exit.prefill=bridge")),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A workload, its folder, and how it is measured.
+
+    Attributes:
+        model: folder of the model.
+        dtype: number type that it runs in.
+        deltas: risks to certify.
+        settings: of thresholds, that are tried on the tuning rows.
+        rounds, processes: of the timed part.
+        finished: a full-depth output that is there already.
+    """
+
+    workload: Workload
+    folder: Path
+    sizes: Sizes
+    model: Path
+    dtype: str
+    deltas: Sequence[float]
+    settings: int
+    rounds: int
+    processes: int
+    finished: Path | None = None
+
+    @property
+    def job(self) -> str:
+        return str(self.folder / "job.yaml")
+
+    @property
+    def out(self) -> Path:
+        """The full-depth output."""
+        return self.finished or self.folder / "full-depth"
+
+    def heads(self, stage: str) -> Path:
+        """Where the fit of a stage is."""
+        return self.folder / slug(stage)
+
+    def certificate(self, stage: str, delta: float) -> Path:
+        """The certified thresholds of a stage."""
+        return self.folder / f"{slug(stage)}-{delta:g}.json"
+
+    def step_file(self, name: str) -> Path:
+        """What a step found."""
+        return self.folder / f"step-{name}.json"
+
+    def exit_fields(self, name: str) -> list[str]:
+        """What a job says to have the exits of a stage, thresholds apart."""
+        stage = STAGES[name]
+        fields = ["exit.mode=on", *stage.exit]
+        if stage.heads is not None:
+            return [*fields, f"exit.heads={self.heads(stage.heads).name}"]
+        return [*fields, f"exit.layers={self.layers()}"]
+
+    def layers(self) -> list[int]:
+        """Those of the first fit: what is not fitted is tried at the same exits."""
+        return list(read_manifest(self.heads("heads"))["exit_layers"])
+
+    def rows(self, count: int, *, fitted: bool) -> list[Row]:
+        """Rows of the full-depth output in random order, exits fitted to them or not."""
+        job = prepare(self.job, [])
+        encoder = load_job_model(job.spec, job.model).encoder
+        keys = str(read_manifest(self.heads("heads"))["data"]["prompt_keys"]).split()
+        seed = self.sizes.seed
+        if not fitted:
+            return output_rows(str(self.out), job.plan.fields, encoder, count, seed, keys)
+        return output_rows(str(self.out), job.plan.fields, encoder, self.sizes.fit, seed)[:count]
+
+
+def slug(name: str) -> str:
+    """A stage's name as that of a file."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def command(*arguments: str) -> tuple[int, str, float]:
+    """Run `eevp-batch`: exit code, standard output and seconds."""
+    started = time.perf_counter()
+    print("eevp-batch", *arguments, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "eevp_batch.cli", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "EEVP_DASHBOARD": "0"},
+    )
+    return done.returncode, done.stdout, time.perf_counter() - started
+
+
+def generate(bench: Bench) -> Json:
+    """Write the rows and run them at full depth; a finished output is taken as it is."""
+    if not Path(bench.job).exists():
+        bench.workload.write(bench.folder, bench.model, bench.dtype)
+    if bench.finished is None:
+        code, *_ = command("submit", bench.job)
+        if code:
+            raise SystemExit(f"submit {bench.job}: ended with {code}")
+    success = json.loads((bench.out / "_SUCCESS").read_text())
+    return {"rows": success["rows"], "tokens": success["totals"]["generated_tokens"]}
+
+
+def fit(bench: Bench) -> Json:
+    """Fit every stage that has a fit of its own; its seconds are those of the whole command."""
+    found = {}
+    for name in bench.workload.stages:
+        options = STAGES[name].fit
+        if options is None:
+            continue
+        rows = ("--from", str(bench.out), "--rows", str(bench.sizes.fit), "--json")
+        tries: list[tuple[str, ...]] = [("--target", str(target)) for target in TARGETS]
+        if found:
+            tries = [("--layers", ",".join(map(str, bench.layers())))]
+        for more in [*tries, ("--layers", STOCK_LAYERS)]:
+            arguments = ("fit", bench.job, str(bench.heads(name)), *rows, *options, *more)
+            code, text, seconds = command(*arguments)
+            if code == 0:
+                break
+        else:
+            raise SystemExit(f"fit {bench.job}: ended with {code}")
+        manifest = json.loads(text)
+        found[name] = {
+            "seconds": seconds,
+            "asked_for": more,
+            "layers": manifest["exit_layers"],
+            "search": manifest["data"].get("search"),
+            "rows": manifest["data"]["rows"] + manifest["data"]["held_out_rows"],
+            "agreement": {k: h["agreement"] for k, h in manifest["figures"]["heads"].items()},
+        }
+    return found
+
+
+def look(bench: Bench) -> Json:
+    """What an oracle would save, on rows that nothing was fitted to."""
+    job = prepare(bench.job, [])
+    config = job.model
+    fitting, held_out = split_rows(bench.rows(2 * LOOKED_AT, fitted=True), 0.2, seed=0)
+    judged = bench.rows(LOOKED_AT, fitted=False)
+    weights = load_job_model(job.spec, config).weights
+    model = SegmentedModel(weights, [config.num_layers])
+    heads = quick_heads(model, fitting, held_out, range(1, config.num_layers))
+    costs = measured_costs(model, 64, proposal_rank=64)
+    return measure_potential(model, judged, {"raw": {}, "quick": heads}, costs).to_json()
+
+
+class _KeptRisk(TokenRisk):
+    """Keeps all losses, so that one pass over the rows serves every delta."""
+
+    def __init__(self, replay: Replay) -> None:
+        super().__init__(replay)
+        self.kept: dict[tuple[float, ...], list[float]] = {}
+
+    def losses(self, rows: Sequence[Row], grid: Sequence[Thresholds]) -> list[list[float]]:
+        found = super().losses(rows, grid)
+        self.kept |= dict(zip(map(tuple, grid), found, strict=True))
+        return found
+
+
+def certify(bench: Bench) -> Json:
+    """The grid and the certificate of every stage at every delta.
+
+    The path of settings is that of the largest delta; along it each delta has a test of its own.
+    """
+    unseen = bench.rows(bench.sizes.calibration, fitted=False)
+    found = {}
+    for name in bench.workload.stages:
+        part = f"certify-{slug(name)}"
+        if not read_step(bench, part):
+            rows = unseen if STAGES[name].heads else unseen[:UNFITTED_ROWS]
+            write_json(bench.step_file(part), _certified(bench, name, rows))
+        found[name] = read_step(bench, part)
+    return found
+
+
+def _certified(bench: Bench, name: str, rows: Sequence[Row]) -> Json:
+    """What one stage's exits come to, and a certificate in a file for each delta that has one."""
+    started, tuning = time.perf_counter(), round(TUNING_SHARE * len(rows))
+    job = prepare(bench.job, bench.exit_fields(name))
+    weights, tokenizer, *_ = load_job_model(job.spec, job.model)
+    cut = cut_model(weights, tokenizer, job.spec.exit)
+    settings = replay_settings(cut, job.spec)
+    risk = _KeptRisk(Replay(cut.model, settings))
+    result = calibrate(
+        cut.model,
+        settings,
+        rows[:tuning],
+        rows[tuning:],
+        delta=max(bench.deltas),
+        epsilon=EPSILON,
+        costs=job_costs(cut, job.spec.exit),
+        grid=bench.settings,
+        risk=risk,
+        say=print,
+    )
+    deltas = {f"{delta:g}": at_delta(result, risk.kept, delta) for delta in bench.deltas}
+    for delta, tested in deltas.items():
+        if tested.chosen is not None:
+            binding = job_binding(job.spec, job.model)
+            certificate = tested.to_calibration(binding, {"workload": bench.folder.name})
+            certificate.save(bench.certificate(name, float(delta)))
+    taken = time.perf_counter() - started
+    return {"seconds": taken, "deltas": {d: tested.to_json() for d, tested in deltas.items()}}
+
+
+def at_delta(
+    result: CalibrationResult, kept: Mapping[tuple[float, ...], Losses], delta: float
+) -> CalibrationResult:
+    """What the same losses, in the same order, certify at a smaller delta."""
+    placed = [(s.place, n) for n, s in enumerate(result.settings) if s.place is not None]
+    path = [n for _, n in sorted(placed) if result.settings[n].thresholds in kept]
+    losses = [kept[result.settings[n].thresholds] for n in path]
+    settings = list(result.settings)
+    for number, some in zip(path, losses, strict=True):
+        value = p_value("betting", some, delta, epsilon=EPSILON, seed=0)
+        settings[number] = replace(settings[number], p_value=value)
+    certified, reason, needed = None, None, None
+    least = least_rows("betting", delta, EPSILON)
+    if result.num_rows < least:
+        reason, needed = f"{least} calibration rows are the fewest that could", least
+    elif (last := certified_place(losses, delta, EPSILON)) is not None:
+        certified = path[last]
+    else:
+        needed = rows_needed_by_betting(losses[0], delta, EPSILON)
+        reason = f"the most cautious thresholds have a risk of {mean(losses[0]):.4f}"
+    return replace(
+        result,
+        delta=delta,
+        settings=tuple(settings),
+        certified=certified,
+        reason=reason,
+        rows_needed=needed,
+    )
+
+
+def points(bench: Bench) -> dict[str, list[str]]:
+    """What was certified, by stage and delta: the same thresholds only once, and nothing that is
+    predicted to be no faster than full depth."""
+    found: dict[str, list[str]] = {}
+    for stage, kept in read_step(bench, "certify").items():
+        seen = []
+        for delta in bench.deltas:
+            setting = certified_setting(kept["deltas"][f"{delta:g}"])
+            if setting is None or setting["thresholds"] in seen or setting["speed"] <= 1:
+                continue
+            seen.append(setting["thresholds"])
+            file = f"exit.calibration={bench.certificate(stage, delta).name}"
+            found[f"{stage}, {1 - delta:.0%}"] = [*bench.exit_fields(stage), file]
+    return found
+
+
+def certified_setting(result: Json) -> Json | None:
+    """The certified one of a calibration's settings."""
+    if result["certified"] is None:
+        return None
+    setting: Json = result["settings"][result["certified"]]
+    return setting
+
+
+def pay(bench: Bench) -> Json:
+    """Speed and outputs of all certified exits beside exits off, in turns, on the judged rows."""
+    trial = Trial(
+        job=bench.job,
+        overrides=["input.path=judged.parquet"],
+        points=points(bench),
+        rows=bench.sizes.judged,
+        rounds=bench.rounds,
+        processes=bench.processes,
+    )
+    measured = measure(trial)
+    found = figures(measured, bench.workload.answer)
+    fits = read_step(bench, "fit")
+    for name, point in found["points"].items():
+        heads = STAGES[name.rpartition(",")[0]].heads
+        cost = fits[heads]["seconds"] if heads else 0.0
+        point |= charged(found[OFF], point, cost, bench.sizes.fit, CHARGE_TO)
+    outputs = {
+        name: [some[n].token_ids for n in sorted(some)] for name, some in measured.outputs.items()
+    }
+    prompts = [measured.prompts[n] for n in sorted(measured.prompts)]
+    write_json(bench.folder / "outputs.json", {"prompts": prompts, "outputs": outputs}, None)
+    return found
+
+
+def policies(bench: Bench) -> Json:
+    """Every KV policy at the thresholds that were certified for the bridge, in turns."""
+    chosen: list[list[float]] = []
+    for result in read_step(bench, "certify")["heads"]["deltas"].values():
+        setting = certified_setting(result)
+        if setting is not None and setting["thresholds"] not in chosen:
+            chosen.append(setting["thresholds"])
+    fields = [field for field in bench.exit_fields("heads") if not field.startswith("exit.kv=")]
+    trial = Trial(
+        job=bench.job,
+        overrides=["input.path=judged.parquet"],
+        points={
+            f"{kv}, {number}": [*fields, f"exit.kv={kv}", f"exit.threshold={compact(thresholds)}"]
+            for kv in KV_POLICIES
+            for number, thresholds in enumerate(chosen)
+        },
+        rows=bench.sizes.judged,
+        rounds=bench.rounds,
+        processes=bench.processes,
+    )
+    return figures(measure(trial), bench.workload.answer) | {"thresholds": chosen}
+
+
+def compact(values: Sequence[float]) -> str:
+    """A list as an override takes it: without blanks."""
+    return json.dumps(values, separators=(",", ":"))
+
+
+def judge(bench: Bench) -> Json:
+    """Perplexity of what was generated, under the whole model in float32."""
+    kept = json.loads((bench.folder / "outputs.json").read_text())
+    judge = Judge(str(bench.model), os.cpu_count() or 1)
+    prompts = kept["prompts"][:PERPLEXITY_ROWS]
+    found = {}
+    for name, outputs in kept["outputs"].items():
+        score = judge.mean_log_probability(prompts, outputs[:PERPLEXITY_ROWS])
+        found[name] = {"rows": len(prompts), "perplexity": math.exp(-score)}
+    return found
+
+
+def audit(bench: Bench) -> Json:
+    """Jobs over the judged rows with certified exits, every other row audited at full depth.
+
+    Of each stage the boldest certificate, which has the most to lose.
+    """
+    found = {}
+    boldest = {name.rpartition(",")[0]: (name, fields) for name, fields in points(bench).items()}
+    for number, (name, fields) in enumerate(boldest.values()):
+        more = [*fields, "audit.full_depth_fraction=0.5", f"output.path=audited-{number}"]
+        overrides = [part for field in more for part in ("--set", field)]
+        code, _, _ = command("submit", str(bench.folder / "judged.yaml"), *overrides)
+        if code:
+            raise SystemExit(f"submit with {name}: ended with {code}")
+        figures = summarise(Store.open(str(bench.folder / f"audited-{number}"))).audit
+        assert figures is not None, "half of the rows are audited"
+        found[name] = figures.to_json()
+    return found
+
+
+STEPS: dict[str, Callable[[Bench], Json]] = {
+    "generate": generate,
+    "fit": fit,
+    "look": look,
+    "certify": certify,
+    "pay": pay,
+    "policies": policies,
+    "judge": judge,
+    "audit": audit,
+}
+"""In their order. `fit`, `pay` and `policies` are timed: nothing else should run meanwhile."""
+
+
+def read_step(bench: Bench, name: str) -> Json:
+    """What a step found; empty before it was made."""
+    path = bench.step_file(name)
+    found: Json = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def run_step(bench: Bench, name: str) -> None:
+    """Make a step, unless it has been made."""
+    if not bench.step_file(name).exists():
+        print(f"{bench.folder.name}: {name}", flush=True)
+        write_json(bench.step_file(name), STEPS[name](bench))

@@ -1,0 +1,73 @@
+"""The workload benchmark goes from rows to a table; only figures that are known are judged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import workloads
+from tests.bench.workloads_answers import last_number, starts_with
+from tests.bench.workloads_jobs import WORKLOADS, Sizes
+from tests.learning_jobs import save_shallow_model
+
+
+def test_an_answer_is_right_by_what_its_workload_asks_for() -> None:
+    assert starts_with(' {"year": 1931', '{"year": 1931}')
+    assert not starts_with('So: {"year": 1931', '{"year": 1931}')
+    assert last_number("3 + 4 = 7, so she has 1,207.0 in all.", "1,207")
+    assert last_number("It is -3.", "-3") and not last_number("It is 3.", "-3")
+    assert not last_number("7 of them, or 8", "7") and not last_number("none", "0")
+
+
+def write_questions(path: Path, count: int) -> Path:
+    lines = [
+        {"question": f"What is {n} plus {n % 7}?", "answer": f"Add.\n#### {n + n % 7}"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_rows_to_learn_from_and_rows_to_judge_by_are_apart(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"instruction": f"Task {n}."}) + "\n" for n in range(40)))
+    sources = {"gsm8k": write_questions(tmp_path / "questions.jsonl", 60), "self-instruct": tasks}
+    for name, make in WORKLOADS.items():
+        found = make(Sizes(20, 20, 10), sources.get(name))
+        prompts = [row.get("prompt", row.get("text")) for row in found.learned + found.judged]
+        assert len(found.learned) == 40 and len(found.judged) == 10
+        assert len(set(prompts)) == 50, f"a prompt of {name} is there twice"
+        again = make(Sizes(20, 20, 10), sources.get(name))
+        assert (again.learned, again.judged) == (found.learned, found.judged)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_workload_is_taken_from_rows_to_certified_and_measured_exits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a model whose exits are known: after layer 2 of 6 nothing changes any more."""
+    model = save_shallow_model(tmp_path / "shallow")
+    questions = write_questions(tmp_path / "questions.jsonl", 260)
+    command = f"workloads --folder {tmp_path}/w --workloads gsm8k --gsm8k {questions}"
+    command += f" --model {model} --dtype float32 --fit-rows 40 --calibration-rows 150"
+    command += " --judged-rows 12 --deltas 0.01,0.1 --rounds 1 --processes 1"
+    monkeypatch.setattr(sys, "argv", f"{command} --out {tmp_path}/r --plot {tmp_path}".split())
+    workloads.main()
+    found = json.loads((tmp_path / "r").read_text())["workloads"]["gsm8k"]
+    assert set(found["fit"]["heads"]["layers"]) <= {1, 2, 3, 4, 5}
+    assert found["look"]["lenses"][0]["oracle_saving"] >= 1 / 2, "the oracle leaves after layer 2"
+    heads = found["certify"]["heads"]["deltas"]
+    assert heads["0.01"]["certified"] is None and heads["0.01"]["rows_needed"] > 120
+    table = capsys.readouterr().out
+    assert "| gsm8k | " in table and "99%: no, " in table
+    for name, point in found["pay"]["points"].items():
+        assert point["speed"] > 0 and 0 <= point["disagreement"] <= 0.5
+        assert found["judge"][name]["perplexity"] > 1 and found["audit"][name]["rows"] > 0
+        assert "right_answers" in point
+    verified = [p for n, p in found["policies"]["points"].items() if n.startswith("verify")]
+    assert all(point["identical_rows"] == 1 for point in verified)

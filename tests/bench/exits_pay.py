@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Barrier
@@ -31,7 +31,7 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import load_weights
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.tokenizer import load_tokenizer
-from eevp_batch.fitted_config import read_manifest
+from eevp_batch.fitted_config import has_adapter, read_manifest
 from eevp_batch.prepare import prepare
 from eevp_batch.records import AuditCounts, Generation, Prompt
 from eevp_batch.spec import ExitSpec
@@ -178,7 +178,7 @@ def _measure_part(trial: Trial, part: int) -> Measured:
     )
     prompts = [Prompt(number, token_ids) for number, token_ids in found.prompts.items()]
     exits = {name: _exit_of(trial, overrides) for name, overrides in trial.points.items()}
-    cuts = _cuts(load_weights(spec.model, job.model), tokenizer, exits)
+    cuts = _cuts(lambda: load_weights(spec.model, job.model), tokenizer, exits)
     for turn in range(trial.rounds):
         for name in sorted(cuts, reverse=bool(turn % 2)):
             exit, cut = exits.get(name, ExitSpec(mode=OFF)), cuts[name]
@@ -194,11 +194,17 @@ def _exit_of(trial: Trial, overrides: Sequence[str]) -> ExitSpec:
     return prepare(trial.job, [*trial.overrides, *overrides]).spec.exit
 
 
-def _cuts(weights: Any, tokenizer: Any, exits: dict[str, ExitSpec]) -> dict[str, CutModel]:
-    """The model as each setting has it; its layers are there once."""
+def _cuts(
+    load: Callable[[], Any], tokenizer: Any, exits: dict[str, ExitSpec]
+) -> dict[str, CutModel]:
+    """The model as each setting has it; its layers are there once, and once for each adapter."""
+    weights = load()
     off = cut_model(weights, tokenizer, ExitSpec(mode=OFF))
     cuts = {
-        name: cut_model(weights, tokenizer, exit, cut=off.model) for name, exit in exits.items()
+        name: cut_model(load(), tokenizer, exit)
+        if has_adapter(exit)
+        else cut_model(weights, tokenizer, exit, cut=off.model)
+        for name, exit in exits.items()
     }
     return {OFF: off, **cuts}
 

@@ -76,6 +76,8 @@ STAGES: dict[str, Stage] = {
     "logit lens": Stage(None, None, ("exit.kv=propagate",)),
     "heads": Stage(_FIT, "heads", _LOW_RANK),
     "heads, prompts bridged": Stage(None, "heads", (*_LOW_RANK, "exit.prefill=bridge")),
+    # Its training takes minutes, so that it is only run where `--stage` names it.
+    "heads and adapter": Stage((*_FIT, "--adapter-rank", "16"), "heads and adapter", _LOW_RANK),
 }
 
 

@@ -141,8 +141,8 @@ def test_what_was_done_to_a_model_is_undone(
     after = fitted(AdapterSettings(rank=8, steps=100, learning_rate=1e-2), "after")
 
     layer, kept = str(LAYER), "full_depth_agreement"
-    assert after["adapter"][kept] - before["adapter"][kept] > 0.15, "of rows that it did not see"
-    assert after["heads"][layer]["agreement"] - before["heads"][layer]["agreement"] > 0.15
+    assert after["adapter"][kept] - before["adapter"][kept] > 0.1, "of rows that it did not see"
+    assert after["heads"][layer]["agreement"] - before["heads"][layer]["agreement"] > 0.1
     first, last = after["adapter"]["curve"][0], after["adapter"]["curve"][-1]
     assert last["loss"] < 0.1 * first["loss"]
     assert last["layers"][layer] < 0.1 * first["layers"][layer]

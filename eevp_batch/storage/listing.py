@@ -143,14 +143,22 @@ def _names_on_disk(path: str, is_deep: bool) -> Iterator[tuple[str, Any]]:
             raise InputError(str(error.filename), "input.path", found, ALLOWED) from error
 
     for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
-        place = os.path.relpath(folder, path)
+        place, holding = os.path.relpath(folder, path), os.path.realpath(folder)
         for name in folders:
+            inside = os.path.join(folder, name)
+            if os.path.islink(inside) and _is_within(holding, os.path.realpath(inside)):
+                found = "a link to a folder that holds it"
+                raise InputError(inside, "input.path", found, "links that lead elsewhere")
             yield os.path.normpath(os.path.join(place, name)), _FOLDER
         for name in files:
             kind = _FILE if os.path.isfile(os.path.join(folder, name)) else _OTHER
             yield os.path.normpath(os.path.join(place, name)), kind
         if not is_deep:
             break
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _takes(name: str, pattern: list[str] | None) -> bool:

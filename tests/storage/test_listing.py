@@ -172,6 +172,15 @@ def test_a_link_that_leads_nowhere_is_not_left_out(folder: Path, entry: str) -> 
     assert found(folder, str(folder)) == VISIBLE, "other links are nobody's rows"
 
 
+def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path: Path) -> None:
+    """Followed, it would give every row forty times."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "e.parquet").touch()
+    (tmp_path / "deep" / "again").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"again.*found a link to a folder that holds it"):
+        list_inputs(str(tmp_path))
+
+
 def test_a_link_is_followed(tmp_path: Path) -> None:
     write_input(tmp_path / "elsewhere/a.parquet", ["a"])
     (tmp_path / "in").mkdir()

@@ -19,6 +19,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS = 400
 MODEL_LINE = 3  # in the job file
+KEPT = ("RAY_worker_niceness",)
+"""Of Ray's variables: how a machine is shared by those who test on it."""
 
 
 class Nodes:
@@ -36,7 +38,7 @@ class Nodes:
 
     def __init__(self, folder: Path, python: str = sys.executable) -> None:
         self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            **{k: v for k, v in os.environ.items() if k in KEPT or not k.startswith("RAY_")},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",

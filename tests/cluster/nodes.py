@@ -28,7 +28,6 @@ class Nodes:
 
     Args:
         folder: for what commands remember of their runs.
-        python: interpreter of the nodes.
 
     Attributes:
         url: of the job server.
@@ -36,7 +35,7 @@ class Nodes:
         special: id of the node that has the resource `special`.
     """
 
-    def __init__(self, folder: Path, python: str = sys.executable) -> None:
+    def __init__(self, folder: Path) -> None:
         self.environment = {
             **{k: v for k, v in os.environ.items() if k in KEPT or not k.startswith("RAY_")},
             "RAY_AUTH_MODE": "token",
@@ -44,11 +43,11 @@ class Nodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "XDG_STATE_HOME": str(folder / "state"),
             # The entry point is what `python` means on a node; the package comes with the job.
-            "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
         }
         self.process = subprocess.Popen(
-            [python, "-m", "tests.cluster.three_nodes"],
+            [sys.executable, "-m", "tests.cluster.three_nodes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,16 +1,11 @@
-"""What a job says of the cluster that it is sent to: how to reach it, what runs where, with what.
+"""What a job says of the cluster that it is sent to: how to reach it, and what runs where.
 
-One cluster of three raylets. Its nodes' interpreter is that of a small virtual environment, which
-sees the packages of this one: Ray copies it for a job that brings packages of its own.
+One cluster of three raylets.
 """
 
 from __future__ import annotations
 
 import json
-import site
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from tests.cluster.nodes import Nodes, events, wait_for, write_job
+from tests.cluster.nodes import Nodes, events, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_ROWS = 40
@@ -31,11 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nodes(folder: Path) -> Iterator[Nodes]:
-    home = folder / "python"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
-    (packages,) = home.glob("lib/python*/site-packages")
-    (packages / "all.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    cluster = Nodes(folder, str(home / "bin" / "python"))
+    cluster = Nodes(folder)
     try:
         yield cluster
     finally:
@@ -71,53 +62,3 @@ def test_a_job_comes_through_ray_client_to_the_node_it_asks_for_and_its_errors_a
     (retried,) = events(out, "retry_started")
     assert retried["rows"] == NUM_ROWS and not list((out / "errors").glob("*.parquet"))
     assert driver_node(nodes, f"{run}.2") != nodes.special, "which only the first one asked for"
-
-
-def test_a_job_waits_for_a_node_that_its_entry_point_asks_for(
-    nodes: Nodes, folder: Path, tiny_llama: Path
-) -> None:
-    job = write_job(folder, "nowhere", tiny_llama, nodes.url, 1, NUM_ROWS)
-    nobody = ["--set", "cluster.entry_point={resources: {nobody: 1}}"]
-    code, run, said = nodes.cli("submit", "--no-wait", job, *nobody)
-    assert code == 0, said
-
-    def states() -> list[str]:
-        listed = json.loads(nodes.cli("list", "--json", "--address", nodes.url)[1])["runs"]
-        return [found["state"] for found in listed if found["run_id"] == run.strip()]
-
-    assert states() == ["pending"]
-    assert nodes.cli("cancel", run.strip())[0] == 0
-    wait_for(lambda: states() == ["interrupted"])
-    assert not (folder / "nfs" / "nowhere").exists(), "it never began"
-
-
-def test_packages_that_a_job_brings_are_there_for_its_driver_and_its_replicas(
-    nodes: Nodes, folder: Path, tiny_llama: Path
-) -> None:
-    """The package notes each interpreter that starts with it."""
-    seen = folder / "seen"
-    seen.mkdir()
-    wheel = write_wheel(folder, seen)
-    job = write_job(folder, "brought", tiny_llama, nodes.url, 1, NUM_ROWS)
-    code, said, told = nodes.cli("submit", job, "--set", f"cluster.pip=[{wheel}]")
-    assert code == 0, said + told
-    assert nodes.cli("verify", folder / "nfs" / "brought")[0] == 0
-    (ready,) = events(folder / "nfs" / "brought", "replica_ready")
-    (started,) = events(folder / "nfs" / "brought", "job_started")
-    assert {str(ready["pid"]), str(started["pid"])} <= {path.name for path in seen.iterdir()}
-
-
-def write_wheel(folder: Path, seen: Path) -> Path:
-    """A package whose `.pth` file leaves a file named after each process that starts with it."""
-    about = "eevp_witness-1.0.dist-info"
-    files = {
-        "eevp_witness.pth": f"import os; open('{seen}/%d' % os.getpid(), 'w').close()\n",
-        f"{about}/METADATA": "Metadata-Version: 2.1\nName: eevp-witness\nVersion: 1.0\n",
-        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    files[f"{about}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{about}/RECORD"])
-    path = folder / "eevp_witness-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_the_share_that_leaves_counts_the_most_confident_first() -> None:
     assert share_leaving(found, best, 0.88) == 0.9, "8 of 9 agree"
     assert share_leaving(found, best, 0.8) == 1.0
     assert share_leaving(Choices(1 - ids, found.margins), best, 0.9) == 0.0
-    assert share_leaving_of_all(found, best, 1.0) == 0.4
-    assert share_leaving_of_all(found, best, 0.9) == 0.9
-    assert share_leaving_of_all(found, best, 0.8) == 1.0
+    none = torch.zeros(10, 0)
+    tokens = Taught(none, best, none.long(), none)
+    assert share_leaving_of_all(found, tokens, 1.0) == 0.4
+    assert share_leaving_of_all(found, tokens, 0.9) == 0.9
+    assert share_leaving_of_all(found, tokens, 0.8) == 1.0
+    adapted = replace(tokens, kept=torch.arange(10) != 9)  # the last one is changed anyway
+    assert share_leaving_of_all(found, adapted, 1.0) == 0.0
+    assert share_leaving_of_all(found, adapted, 0.9) == 0.4
+    assert share_leaving_of_all(found, adapted, 0.8) == 1.0

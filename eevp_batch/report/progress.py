@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import TaskID, TextColumn
 from rich.table import Column
 
+from eevp_batch.report.screen import BarBelowLines, PlainLines, Screen
 from eevp_batch.report.text import duration, number
-
-_BAR_WIDTH = 22
 
 
 class JobProgress(Protocol):
@@ -61,25 +58,11 @@ class JobProgress(Protocol):
         """Whether only work under way is awaited."""
 
 
-class Display(Protocol):
+class Display(Screen, Protocol):
     """Shows progress and messages while it is entered."""
-
-    def __enter__(self) -> Display:
-        """Begin to show."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        origin: TracebackType | None,
-    ) -> None:
-        """Leave the screen in order."""
 
     def update(self, progress: JobProgress) -> None:
         """Take the newest numbers."""
-
-    def message(self, text: str) -> None:
-        """Show one line that stays."""
 
 
 def make_display(stream: TextIO, wants_bar: bool = True) -> Display:
@@ -94,21 +77,13 @@ def make_display(stream: TextIO, wants_bar: bool = True) -> Display:
     return PlainDisplay(stream)
 
 
-class PlainDisplay:
-    """Plain lines, five seconds apart at first and a minute apart in a long run.
-
-    Args:
-        stream: where to write.
-        clock: monotonic seconds.
-    """
+class PlainDisplay(PlainLines):
+    """Plain lines, five seconds apart at first, a minute apart in a long run; see `PlainLines`."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
+        super().__init__(stream, clock)
         self._due_s = 0.0
         self._unseen: JobProgress | None = None
-
-    def __enter__(self) -> PlainDisplay:
-        return self
 
     def __exit__(
         self,
@@ -128,13 +103,8 @@ class PlainDisplay:
         self._due_s = self._clock() + min(60.0, max(5.0, progress.elapsed_s / 20))
         self.message(describe(progress))
 
-    def message(self, text: str) -> None:
-        """Write one line; a job does not end because its log's disk is full or nobody reads it."""
-        with contextlib.suppress(OSError):
-            print(text, file=self._stream, flush=True)
 
-
-class BarDisplay:
+class BarDisplay(BarBelowLines):
     """A bar that redraws itself at the foot of a terminal.
 
     Args:
@@ -142,25 +112,11 @@ class BarDisplay:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream)
-        self._bar = Progress(
-            BarColumn(bar_width=_BAR_WIDTH),
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            console=self._console,
+        column = Column(no_wrap=True)
+        super().__init__(
+            stream, TextColumn("{task.description}", markup=False, table_column=column)
         )
         self._task: TaskID | None = None
-
-    def __enter__(self) -> BarDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        origin: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def update(self, progress: JobProgress) -> None:
         """Redraw."""
@@ -168,10 +124,6 @@ class BarDisplay:
             self._task = self._bar.add_task("", total=progress.rows_total)
         text = f"{_rows(progress)}\n{_rates(progress)}"  # two lines, to fit into 80 columns
         self._bar.update(self._task, completed=progress.rows_done, description=text)
-
-    def message(self, text: str) -> None:
-        """Write one line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(progress: JobProgress) -> str:

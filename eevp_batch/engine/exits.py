@@ -167,10 +167,10 @@ class ExitRule:
         self._prune_depth = None if prune_layer is None else list(exit_layers).index(prune_layer)
         early = [depth for depth in range(self._last) if depth not in borders]
         self._thresholds = _by_depth(exits.threshold, early)
-        self._always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
-        self._column_ids, self._always_columns = _columns(proposal, self._always)
+        always = torch.tensor(sorted(set(always_kept)), dtype=torch.int64).to(self._device)
+        self._column_ids, self._always_columns = _columns(proposal, always)
         widest = self._vocab_size if self._column_ids is None else len(self._column_ids)
-        self._k = _checked_k(exits.vocab.top_k or widest, widest, len(self._always))
+        self._k = _checked_k(exits.vocab.top_k or widest, widest, len(always))
         self._gathers = _is_gathering_cheaper(weight, self._k, max_batch)
         if proposal is not None and not proposal.is_exact and not self._gathers:
             _log.warning(_WASTED, self._k, max_batch)
@@ -301,13 +301,11 @@ class ExitRule:
 
         Outside a shortlist no mass is known of; thresholds chosen with it take that into account.
         """
-        propose = self._proposal
-        if propose is None:
-            vocab, scores = prune(self._head.scores(normed), self._k, self._always)
-            return vocab.ids, scores, vocab.outside_lse
-        vocab, scores = prune(propose(normed), self._k, self._always_columns)
+        proposal = self._proposal
+        proposed = self._head.scores(normed) if proposal is None else proposal(normed)
+        vocab, scores = prune(proposed, self._k, self._always_columns)
         ids = vocab.ids if self._column_ids is None else self._column_ids[vocab.ids]
-        if not propose.is_exact:
+        if proposal is not None and not proposal.is_exact:
             scores = self._rescored(normed, ids)
         return ids, scores, vocab.outside_lse
 

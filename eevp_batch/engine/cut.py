@@ -20,6 +20,7 @@ from eevp_batch.engine.proposals import Proposal, make_proposal
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.errors import FittedExitsError
+from eevp_batch.fitted_config import has_adapter
 from eevp_batch.model_config import resolve_exit_layers, resolve_prune_layer
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
 
@@ -161,7 +162,7 @@ def merge_adapter(weights: PreTrainedModel, exit: ExitSpec) -> None:
     Raises:
         FittedExitsError: they cannot be read, or the adapter is of another model.
     """
-    fitted = _fitted_of(exit)
+    fitted = _fitted_of(exit) if has_adapter(exit) else None  # which reads the manifest alone
     if fitted is not None and fitted.adapter is not None:
         merge(weights, fitted.adapter)
 

@@ -32,7 +32,7 @@ from eevp_batch.tune.exit_loop import ExitLoop, LoopPack, Said
 from eevp_batch.tune.head_training import WhitenedHead, warm_cosine
 from eevp_batch.tune.heads import Targets
 from eevp_batch.tune.lora import LoraModel
-from eevp_batch.tune.states import Row
+from eevp_batch.tune.states import Row, filled
 
 LEAST_BAR, MOST_BAR = 0.5, 1.5
 """Between these a row's threshold is drawn; above 1 it has no exits."""
@@ -188,24 +188,12 @@ class AdapterTraining:
                 order = torch.randperm(
                     len(self._rows), generator=torch.Generator().manual_seed(seed)
                 ).tolist()
-                yield from self._filled(order)
+                tokens = self._settings.pack_tokens
+                yield from filled(self._rows, order, tokens, self._num_shared)
 
         packs = endless()
         while True:
             yield list(itertools.islice(packs, self._settings.accumulate))
-
-    def _filled(self, order: Sequence[int]) -> Iterator[list[int]]:
-        """Packs of rows in this order, each as full as the next row allows."""
-        pack: list[int] = []
-        room = self._settings.pack_tokens
-        for number in order:
-            cost = len(self._rows[number].fed_ids) - self._num_shared
-            if pack and cost > room:
-                yield pack
-                pack, room = [], self._settings.pack_tokens
-            pack.append(number)
-            room -= cost
-        yield pack
 
     def _step(self, packs: Sequence[Sequence[int]]) -> dict[str, Any]:
         """One step of the optimizer; what the losses were."""

@@ -7,7 +7,7 @@ numbers that the engine will see. Knows rows and states, nothing of what is fitt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,16 +129,32 @@ def row_groups(rows: Sequence[Row], pass_tokens: int, num_shared: int = 0) -> li
         pass_tokens: tokens of a pass; a longer row has one for itself.
         num_shared: leading tokens of every row that do not run.
     """
-    groups: list[list[int]] = []
-    room = 0
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].fed_ids)):
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].fed_ids))
+    return list(filled(rows, order, pass_tokens, num_shared))
+
+
+def filled(
+    rows: Sequence[Row], order: Iterable[int], pass_tokens: int, num_shared: int
+) -> Iterator[list[int]]:
+    """Numbers of rows in this order, as many together as the next one leaves room for.
+
+    Args:
+        rows: by number.
+        order: their numbers.
+        pass_tokens: tokens of each group; a longer row has one for itself.
+        num_shared: leading tokens of every row that do not run.
+    """
+    group: list[int] = []
+    room = pass_tokens
+    for number in order:
         cost = len(rows[number].fed_ids) - num_shared
-        if not groups or cost > room:
-            groups.append([])
-            room = pass_tokens
-        groups[-1].append(number)
+        if group and cost > room:
+            yield group
+            group, room = [], pass_tokens
+        group.append(number)
         room -= cost
-    return groups
+    if group:
+        yield group
 
 
 def _pass(

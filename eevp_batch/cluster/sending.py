@@ -16,7 +16,7 @@ from pathlib import Path
 from eevp_batch.errors import InputError, SpecError
 from eevp_batch.spec_file import SpecSource
 from eevp_batch.storage.listing import list_inputs
-from eevp_batch.storage.location import is_uri, locate
+from eevp_batch.storage.location import is_inside, is_uri, locate
 from eevp_batch.storage.sent_inputs import sent_name, sent_path
 
 MAX_SENT_BYTES = 64 << 20
@@ -189,11 +189,7 @@ def _plain(path: str) -> str:
 
 
 def _is_seen(path: str, seen: Sequence[str]) -> bool:
-    return not is_uri(path) and any(_is_inside(path, folder) for folder in seen)
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return os.path.isabs(path) and os.path.commonpath([path, folder]) == folder
+    return not is_uri(path) and any(is_inside(path, folder) for folder in seen)
 
 
 def _before_pattern(path: str) -> str:

@@ -12,7 +12,7 @@ import pyarrow.fs
 from eevp_batch.errors import InputError
 from eevp_batch.storage import layout
 from eevp_batch.storage.inputs import ALLOWED
-from eevp_batch.storage.location import Location, is_uri, join, locate, split_uri
+from eevp_batch.storage.location import Location, is_inside, is_uri, join, locate, split_uri
 
 _FILE, _FOLDER = pyarrow.fs.FileType.File, pyarrow.fs.FileType.Directory
 _OTHER = pyarrow.fs.FileType.Unknown
@@ -146,7 +146,7 @@ def _names_on_disk(path: str, is_deep: bool) -> Iterator[tuple[str, Any]]:
         place, holding = os.path.relpath(folder, path), os.path.realpath(folder)
         for name in folders:
             inside = os.path.join(folder, name)
-            if os.path.islink(inside) and _is_within(holding, os.path.realpath(inside)):
+            if os.path.islink(inside) and is_inside(holding, os.path.realpath(inside)):
                 found = "a link to a folder that holds it"
                 raise InputError(inside, "input.path", found, "links that lead elsewhere")
             yield os.path.normpath(os.path.join(place, name)), _FOLDER
@@ -155,10 +155,6 @@ def _names_on_disk(path: str, is_deep: bool) -> Iterator[tuple[str, Any]]:
             yield os.path.normpath(os.path.join(place, name)), kind
         if not is_deep:
             break
-
-
-def _is_within(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
 
 
 def _takes(name: str, pattern: list[str] | None) -> bool:

@@ -52,6 +52,11 @@ def is_uri(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a local path is a folder's, or the folder itself; links are not looked into."""
+    return os.path.isabs(path) and os.path.commonpath([path, folder]) == folder
+
+
 def locate(text: str | os.PathLike[str]) -> Location:
     """Find the filesystem and the path of a local path or a URI.
 

@@ -6,26 +6,11 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.nodes import MODEL_LINE, Nodes, events, wait_for, write_job
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nodes")
-
-
-@pytest.fixture(scope="module")
-def nodes(folder: Path) -> Iterator[Nodes]:
-    cluster = Nodes(folder)
-    try:
-        yield cluster
-    finally:
-        cluster.close()
 
 
 def test_a_cluster_that_is_not_there_or_no_cluster_is_said_at_once(
@@ -48,9 +33,9 @@ def test_a_cluster_that_is_not_there_or_no_cluster_is_said_at_once(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_cannot_be_submitted_is_refused_before_anything_starts(
-    nodes: Nodes, folder: Path, tiny_llama: Path
+    nodes: Nodes, nodes_folder: Path, tiny_llama: Path
 ) -> None:
-    job = write_job(folder, "refused", tiny_llama, nodes.url, 1)
+    job = write_job(nodes_folder, "refused", tiny_llama, nodes.url, 1)
     code, _, said = nodes.cli("submit", job, RAY_AUTH_TOKEN="f" * 64)
     assert (code, "the Ray cluster refused us" in said) == (5, True), said
     assert "RAY_AUTH_TOKEN_PATH" in said, "and what to do"
@@ -67,14 +52,14 @@ def test_what_cannot_be_submitted_is_refused_before_anything_starts(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_jobs_share_a_cluster_and_one_node_goes(
-    nodes: Nodes, folder: Path, tiny_llama: Path
+    nodes: Nodes, nodes_folder: Path, tiny_llama: Path
 ) -> None:
     """The first loses a replica and ends; the second is drained, resumed, and ends as well."""
-    first = write_job(folder, "first", tiny_llama, nodes.url, 2)
-    second = write_job(folder, "second", tiny_llama, nodes.url, 1)
+    first = write_job(nodes_folder, "first", tiny_llama, nodes.url, 2)
+    second = write_job(nodes_folder, "second", tiny_llama, nodes.url, 1)
     run_a, run_b = (nodes.cli("submit", "--no-wait", job)[1].strip() for job in (first, second))
     assert run_a.startswith("first-") and run_b.startswith("second-")
-    out_a, out_b = folder / "nfs" / "first", folder / "nfs" / "second"
+    out_a, out_b = nodes_folder / "nfs" / "first", nodes_folder / "nfs" / "second"
     wait_for(lambda: len(events(out_a, "chunk_committed")) >= 3)
     nodes.remove_one()
     wait_for(lambda: events(out_b, "chunk_committed"))
@@ -104,25 +89,25 @@ def test_two_jobs_share_a_cluster_and_one_node_goes(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_is_found_by_its_id_on_the_cluster_and_in_storage_when_that_has_gone(
-    nodes: Nodes, folder: Path, tiny_llama: Path
+    nodes: Nodes, nodes_folder: Path, tiny_llama: Path
 ) -> None:
     runs = {run["name"]: run for run in json.loads(nodes.cli("list", "--json")[1])["runs"]}
     first, second = runs["first"], runs["second"]
     assert (first["state"], second["state"]) == ("done", "done")
     assert first["progress"].startswith("400 of 400 rows (100 %)")
-    assert (first["output"], first["cluster"]) == (str(folder / "nfs" / "first"), nodes.url)
+    assert (first["output"], first["cluster"]) == (str(nodes_folder / "nfs" / "first"), nodes.url)
     assert "actor_name:Replica" in nodes.cli("logs", "--replica", 0, first["run_id"])[1]
     code, _, said = nodes.cli("logs", "--replica", 9, first["run_id"])
     assert code == 2 and "--replica: found 9; allowed: those of first-" in said, said
 
-    third = write_job(folder, "third", tiny_llama, nodes.url, 1)
+    third = write_job(nodes_folder, "third", tiny_llama, nodes.url, 1)
     run = nodes.cli("submit", "--no-wait", third)[1].strip()
-    wait_for(lambda: events(folder / "nfs" / "third", "chunk_committed"))
+    wait_for(lambda: events(nodes_folder / "nfs" / "third", "chunk_committed"))
     assert nodes.cli("cancel", run)[0] == 0
     code, _, said = nodes.cli("logs", "-f", run)
     listed = json.loads(nodes.cli("list", "--json")[1])["runs"]
     assert [r["state"] for r in listed if r["run_id"] == run] == ["interrupted"]
-    (ended,) = events(folder / "nfs" / "third", "job_interrupted")
+    (ended,) = events(nodes_folder / "nfs" / "third", "job_interrupted")
     assert ended["chunks_committed"] >= 1
 
     nodes.close()

@@ -6,7 +6,6 @@ One cluster of three raylets.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,20 +18,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_ROWS = 40
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sent")
-
-
-@pytest.fixture(scope="module")
-def nodes(folder: Path) -> Iterator[Nodes]:
-    cluster = Nodes(folder)
-    try:
-        yield cluster
-    finally:
-        cluster.close()
-
-
 def driver_node(nodes: Nodes, submission_id: str) -> str:
     """The node that a job's entry point ran on."""
     headers = {"Authorization": f"Bearer {nodes.environment['RAY_AUTH_TOKEN']}"}
@@ -41,11 +26,11 @@ def driver_node(nodes: Nodes, submission_id: str) -> str:
 
 
 def test_a_job_comes_through_ray_client_to_the_node_it_asks_for_and_its_errors_are_retried(
-    nodes: Nodes, folder: Path, tiny_llama: Path
+    nodes: Nodes, nodes_folder: Path, tiny_llama: Path
 ) -> None:
     """Time runs out for every row of the first run, for none of the second."""
-    job = write_job(folder, "retried", tiny_llama, nodes.client, 1, NUM_ROWS)
-    out = folder / "nfs" / "retried"
+    job = write_job(nodes_folder, "retried", tiny_llama, nodes.client, 1, NUM_ROWS)
+    out = nodes_folder / "nfs" / "retried"
     there = ["--set", "cluster.entry_point={resources: {special: 1}}"]
     hasty = ["--set", "run.row_timeout_s=0.000001", "--set", "run.max_error_rate=1"]
     code, said, told = nodes.cli("submit", job, *there, *hasty)

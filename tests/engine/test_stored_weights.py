@@ -17,7 +17,7 @@ from eevp_batch.errors import ModelError
 from eevp_batch.model_config import read_model_config
 from eevp_batch.records import Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, ModelSpec, SamplingSpec, VocabSpec
-from tests.engine.conftest import load_model, make_engine, run
+from tests.engine.conftest import load_model, make_engine, needs_vnni, run
 from tests.tiny_models import save_model
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -42,12 +42,10 @@ def test_parameters_are_there_while_they_are_looked_at(any_tiny_model: Path) -> 
     assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.parametrize("proposal", ["full", "int8", "low_rank"])
+@pytest.mark.parametrize("proposal", ["full", pytest.param("int8", marks=needs_vnni), "low_rank"])
 def test_an_engine_of_stored_weights_gives_the_same(
     any_tiny_model: Path, prompts: list[Prompt], proposal: str
 ) -> None:
-    if proposal == "int8" and not torch.cpu._is_vnni_supported():
-        pytest.skip("8-bit products are not exact here")
     spec = ModelSpec(path=str(any_tiny_model), dtype="float32")
     weights = load_weights(spec, read_model_config(spec))
     assert {p.device for p in weights.parameters()} == {META}, "nothing is read yet"

@@ -67,6 +67,15 @@ def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
 
 
+def leased_again(out: Path) -> set[int]:
+    """Chunks that were leased a second time because the first lease came to nothing.
+
+    Copies of the last chunks do not count: whether there are any depends on how long things take.
+    """
+    leases = [event for event in events(out, "chunk_leased") if "is_copy" not in event]
+    return {event["chunk_id"] for event in leases if event["attempt"] == 2}
+
+
 def committed_parts(out: Path) -> dict[str, int]:
     """Modification times, in nanoseconds, of the data parts that a commit record vouches for."""
     names = [path.stem for path in (out / "_eevp" / "commits").glob("*.json")]

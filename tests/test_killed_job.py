@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.plain_output import Rows, committed_parts, events, read_rows
+from tests.plain_output import Rows, committed_parts, events, leased_again, read_rows
 from tests.real_jobs import command, finished, run_in_process, write_job
 
 pytestmark = pytest.mark.ray
@@ -123,8 +123,8 @@ def test_a_killed_replica_changes_nothing_in_the_output(
     assert result.recoveries.replica_deaths == 1, "one replica died, and was replaced"
     assert result.recoveries.chunks_returned >= 1, "it died with work under way"
     (dead,) = events(out, "replica_dead")
-    again = {event["chunk_id"] for event in events(out, "chunk_leased") if event["attempt"] == 2}
-    assert again == set(dead["chunks"]), "exactly what the dead replica held is done again"
+    held = set(dead["chunks"])
+    assert leased_again(out) == held, "exactly what the dead replica held is done again"
     assert_same(read_rows(out), undisturbed, dtype)
     assert_verifies(out)
 

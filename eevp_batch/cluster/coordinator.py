@@ -158,17 +158,18 @@ class Coordinator:
             outcomes: what has just been taken in.
         """
         is_ordinary = bool(outcomes) and all(outcome.is_ordinary for outcome in outcomes)
-        if is_ordinary and self._num_refills < _MOST_REFILLS:
-            self._num_refills += 1
-            if not self._is_draining:
-                self._handout.refill(outcome.slot for outcome in outcomes if outcome.lease)
+        is_refill = is_ordinary and self._num_refills < _MOST_REFILLS
+        self._num_refills = self._num_refills + 1 if is_refill else 0
+        if not is_refill:
+            self.recoveries += self._staffing.release_leavers()
+        if self._is_draining:
             return
-        self._num_refills = 0
-        self.recoveries += self._staffing.release_leavers()
-        if not self._is_draining:
+        if is_refill:
+            self._handout.refill(outcome.slot for outcome in outcomes if outcome.lease)
+        else:
             self._staffing.start(time.monotonic())
             self._handout.pending()
-            self._handout.learning(self._plan.num_rows - self.totals.rows)
+        self._handout.learning(self._plan.num_rows - self.totals.rows)
 
     def progress(self) -> Progress:
         """The job now."""

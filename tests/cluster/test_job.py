@@ -15,6 +15,7 @@ from eevp_batch.errors import JobFailedError, TooManyErrorsError
 from eevp_batch.storage.store import Store
 from tests.cluster.jobs import Job, make_job
 from tests.cluster.scripted import Script, exits_of
+from tests.plain_output import leased_again
 
 pytestmark = pytest.mark.ray
 
@@ -66,8 +67,8 @@ def test_a_killed_replica_changes_nothing_in_the_output(
     assert result.recoveries.replica_deaths == 1, "the kill did not happen"
     assert result.recoveries.chunks_returned >= 1
     (dead,) = job.events("replica_dead")
-    leased_again = {e["chunk_id"] for e in job.events("chunk_leased") if e["attempt"] == 2}
-    assert set(dead["chunks"]) == leased_again, "exactly what the dead replica held goes again"
+    held = set(dead["chunks"])
+    assert leased_again(job.out) == held, "exactly what the dead replica held goes again"
     assert job.rows() == undisturbed.rows()
     assert not job.problems()
     assert any("died" in message for message in job.messages), "the user was not told"

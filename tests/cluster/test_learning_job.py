@@ -38,6 +38,9 @@ def test_perfect_exits_are_learned_and_taken(
     counts = assert_phases_are_told(out)
     assert counts["exits"] >= CHUNK_ROWS and counts["full"] >= LEARN_ROWS
     (learned,) = events(out, "exits_learned")
+    told = [event["event"] for event in events(out)]
+    committed = told[: told.index("learning_started")].count("chunk_committed")
+    assert committed <= LEARN_ROWS // CHUNK_ROWS + 2, "it learns as soon as it can"
     assert learned["layers"] == [2]
     assert learned["rows"] == LEARN_ROWS
     rows = [row for row in read_rows(out) if row["phase"] == "exits"]

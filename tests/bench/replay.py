@@ -5,8 +5,8 @@
 
 Rows that the exits were not fitted to are generated at full depth, and settings are chosen on them
 as `calibrate` does. Both checkouts replay the same rows under the same settings, each in a process
-that has loaded the model before, and must find the same. Token-layers are counted beside: rows of
-every segment that runs, by its layers.
+that has loaded the model before, and must find the same. Processor seconds say more on a busy
+machine. Token-layers are counted beside: rows of every segment that runs, by its layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eevp_batch.tune.free_run import FreeRuns
 from eevp_batch.tune.outputs import full_depth_rows
 from eevp_batch.tune.replay import Replay
 from eevp_batch.tune.states import Row
-from tests.bench.machine import ROOT, setup, write_json
+from tests.bench.machine import ROOT, commit, setup, write_json
 
 Json = dict[str, Any]
 
@@ -76,9 +76,9 @@ def main() -> None:
         this, other = found["this"], found["other"]
         if this["digest"] != other["digest"]:
             raise SystemExit("the two checkouts replay differently")
-        pairs = zip(other["seconds"], this["seconds"], strict=True)
-        facts["speed_by_round"] = [a / b for a, b in pairs]
-        facts["speed"] = median(facts["speed_by_round"])
+        for kind, name in (("seconds", "speed"), ("cpu_seconds", "speed_by_cpu_seconds")):
+            pairs = zip(other[kind], this[kind], strict=True)
+            facts[name] = median(a / b for a, b in pairs)
         facts["fewer_token_layers"] = other["token_layers"] / this["token_layers"]
     print(json.dumps({key: value for key, value in facts.items() if key != "settings"}, indent=1))
     write_json(chosen.out, {"setup": setup(), **facts})
@@ -108,16 +108,16 @@ def made_task(chosen: argparse.Namespace) -> Json:
 def measured(checkouts: dict[str, Path], task: Path, rounds: int) -> dict[str, Json]:
     """What each checkout says of the task, in turns; who begins changes."""
     workers = {name: _worker(path, task) for name, path in checkouts.items()}
-    found: dict[str, Json] = {name: {"seconds": []} for name in workers}
+    found: dict[str, Json] = {name: {"seconds": [], "cpu_seconds": []} for name in workers}
     try:
         for turn in range(rounds + 1):
             for name in sorted(workers, reverse=bool(turn % 2)):
                 said = _ask(workers[name])
-                seconds = said.pop("seconds")
+                times = {kind: said.pop(kind) for kind in ("seconds", "cpu_seconds")}
                 found[name] |= said
-                if turn:  # the first one warms up
-                    found[name]["seconds"].append(seconds)
-                    print(f"{name}: {seconds:.1f} s", flush=True)
+                for kind, taken in times.items() if turn else ():  # the first turn warms up
+                    found[name][kind].append(taken)
+                print(f"{name}: {times}", flush=True)
     finally:
         for worker in workers.values():
             worker.communicate()
@@ -165,13 +165,14 @@ def replay_when_told(chosen: argparse.Namespace) -> None:
     model.run_segment = counted  # type: ignore[method-assign]
     replay = Replay(model, replay_settings(cut, job.spec))
     for _ in sys.stdin:
-        count, started = 0, time.perf_counter()
+        count, started, before = 0, time.perf_counter(), time.process_time()
         found = replay.run(rows, task["grid"])
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - before
         said = [[(one.exit_layers, one.token_ids) for one in some] for some in found]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
-        kept = {"seconds": seconds, "token_layers": count, "digest": digest}
-        print(json.dumps(kept), flush=True)
+        times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        facts = {"commit": commit(), "token_layers": count, "digest": digest}
+        print(json.dumps(times | facts), flush=True)
 
 
 if __name__ == "__main__":

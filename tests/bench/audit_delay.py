@@ -36,9 +36,9 @@ def options() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--good-rows", type=int, default=10_000, help="before the change")
-    parser.add_argument("--at-once", type=int, default=10, help="audited rows of a commit")
-    parser.add_argument("--jobs", type=int, default=20, help="with a change, for each case")
-    parser.add_argument("--good-jobs", type=int, default=200, help="without one")
+    parser.add_argument("--at-once", type=int, default=20, help="audited rows of a commit")
+    parser.add_argument("--jobs", type=int, default=10, help="with a change, for each case")
+    parser.add_argument("--good-jobs", type=int, default=100, help="without one")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

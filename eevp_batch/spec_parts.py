@@ -230,7 +230,7 @@ class AuditSpec(Section):
     full_depth_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows, chosen by sampling.seed and row id, that all layers generate too; none."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of differing tokens from which on it warns; what was certified, else never."""
+    """Share of differing tokens above which it warns; what was certified, else never."""
     stop_exits: bool = False
     """Whether chunks that start after the warning run at full depth."""
 

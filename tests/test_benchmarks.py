@@ -14,7 +14,7 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
-from tests.bench import forced_trace, gpu, guarantee, scaling, throughput
+from tests.bench import audit_delay, forced_trace, gpu, guarantee, scaling, throughput
 from tests.bench.costs import Costs, Exit, Work
 from tests.bench.gpu import NoText
 from tests.bench.quality import Judge, agreement
@@ -283,3 +283,16 @@ def test_guarantee_keeps_an_outcome_of_every_world(
     kinds = {(row["world"], row["path"], row["certifier"]) for row in found["outcomes"]}
     assert len(kinds) == len(guarantee.WORLDS) * len(guarantee.PATHS) * len(guarantee.CERTIFIERS)
     assert all(0 <= row["violations"] <= 3 for row in found["outcomes"])
+
+
+def test_audit_delay_keeps_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"audit_delay --good-rows 200 --jobs 3 --good-jobs 4 --out {tmp_path}/d.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    audit_delay.main()
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert len(found["cases"]) == len(audit_delay.CASES) * len(audit_delay.LENGTHS)
+    for case in found["cases"]:
+        assert 0 < case["median"] <= case["most"] <= 200
+        assert case["ratio"] == case["sum_since_the_start"] / case["median"]
+    alarms = found["without_a_change"]
+    assert alarms["jobs"] == 4 and alarms["interval"][0] <= alarms["warned"] / 4

@@ -10,22 +10,25 @@ from eevp_batch.records import AuditCounts
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage import layout
 from eevp_batch.storage.store import Store
-from eevp_batch.tune.audited import audit_figures, exceeds
+from eevp_batch.tune.audited import audit_figures
+from eevp_batch.tune.drift import DriftDetector
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """More tokens differ from full depth than may.
+    """More tokens differ from full depth than may, from some row on.
 
     Attributes:
-        rows: audited rows that say so.
-        disagreement: share of a row's tokens that differ.
-        interval: of it, at 95 %.
+        rows: audited rows since it probably began.
+        rows_before: audited rows before them; 0 where it was so from the beginning.
+        disagreement: share of a row's tokens that differ, in the rows since.
+        interval: of it, at 95 %, as if it had been known beforehand where those rows begin.
         bound: what is allowed.
         stops_exits: whether chunks that start from now on run at full depth.
     """
 
     rows: int
+    rows_before: int
     disagreement: float
     interval: tuple[float, float]
     bound: float
@@ -36,8 +39,10 @@ class Drift:
         """One sentence for a person."""
         then = "exits are off from now on" if self.stops_exits else "exits stay on"
         low, high = self.interval
+        all_rows = self.rows + self.rows_before
+        which = f"the last {self.rows:,} of {all_rows:,}" if self.rows_before else f"{all_rows:,}"
         return (
-            f"audit: {self.disagreement:.2%} of the tokens of {self.rows} audited rows differ from "
+            f"audit: {self.disagreement:.2%} of the tokens of {which} audited rows differ from "
             f"full depth (95 % interval {low:.2%} to {high:.2%}); allowed: {self.bound:.2%}; {then}"
         )
 
@@ -47,7 +52,12 @@ class Drift:
 
 
 class AuditWatch:
-    """Looks at the audited rows of all committed chunks.
+    """Looks at the audited rows of committed chunks, as they are committed.
+
+    A run of a job that stays within the bound tells of nothing but for a probability of 5 %
+    (`tune.drift`), provided that it does not depend on what differs which chunk is committed first.
+    A resumed run looks again at the chunks that earlier runs committed, now in the order of the
+    plan, and goes on from there; as that is not quite the order of before, the 5 % are of each run.
 
     That exits were stopped is a file, so that a job that is resumed does not begin to trust them
     again.
@@ -62,21 +72,32 @@ class AuditWatch:
         self._store, self._stops_exits = store, spec.audit.stop_exits
         self.bound = certified if spec.audit.delta is None else spec.audit.delta
         self.is_stopped = self._stops_exits and store.exists(layout.EXITS_STOPPED)
-        self._has_told = self.is_stopped
+        is_watching = spec.audit.full_depth_fraction > 0 and not self.is_stopped
+        self._detector: DriftDetector | None = None
+        if is_watching and self.bound is not None:
+            self._detector = DriftDetector(self.bound)
 
-    def look(self, counts: AuditCounts) -> Drift | None:
+    @property
+    def is_watching(self) -> bool:
+        """Whether there may be something to tell; it is told once."""
+        return self._detector is not None
+
+    def look(self, audited: AuditCounts) -> Drift | None:
         """What is to be told; None where nothing is, or where it has been told.
 
         Args:
-            counts: all audited rows so far.
+            audited: the audited rows of a committed attempt.
         """
-        if self._has_told or self.bound is None or not exceeds(counts, self.bound):
+        detector = self._detector
+        if detector is None or self.bound is None:
             return None
-        figures = audit_figures(counts)
+        detector.add(audited)
+        figures = audit_figures(detector.since) if detector.has_noticed else None
         if figures is None:
             return None
         drift = Drift(
             rows=figures.rows,
+            rows_before=detector.rows - figures.rows,
             disagreement=figures.disagreement,
             interval=figures.disagreement_interval,
             bound=self.bound,
@@ -86,5 +107,5 @@ class AuditWatch:
             text = json.dumps(drift.to_json()) + "\n"
             self._store.write(layout.EXITS_STOPPED, text.encode())
             self.is_stopped = True
-        self._has_told = True
+        self._detector = None
         return drift

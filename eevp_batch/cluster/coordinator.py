@@ -286,7 +286,7 @@ class Coordinator:
             rows_error=stats.rows_error,
             generated_tokens=stats.generated_tokens,
         )
-        for found in self._phases.committed(attempt, self.totals.audit):
+        for found in self._phases.committed(attempt):
             self._diary.tell(found)
         self._check_errors()
 

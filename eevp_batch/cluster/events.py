@@ -20,7 +20,8 @@ Every line has `unix_s` (wall clock) and `event`. A run of the job begins at `jo
 | `attempt_discarded` | `chunk_id`, `epoch`, `replica`, `reason` |
 | `learning_started` | `replica`, `chunks` (how many it learns from) |
 | `exits_learned`, `learning_failed` | `reason`, `files` (sha256 by name), `layers`, .. |
-| `audit_drift` | `rows`, `disagreement`, `interval`, `bound`, `stops_exits` |
+| `audit_drift` | `rows` (audited, since it began), `rows_before`, `disagreement` and `interval` (of
+| | the rows since), `bound`, `stops_exits` |
 | `chunk_set_aside` | `chunk_id`, `problems`, `records` (where they are now); before `job_resumed` |
 | `job_draining` | `chunks_in_flight` |
 | `job_finished` | `wall_s`, `rows_ok`, `rows_error`, `generated_tokens`, `replica_deaths` |

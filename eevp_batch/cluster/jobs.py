@@ -169,7 +169,7 @@ class _Run:
         self.committer.clean_attempts()
         clean_learned(self.store)
         done, before = self.committer.committed(), self.committer.totals()
-        phases = Phases(self.spec, self.plan, self.store, self._attempts())
+        phases = Phases(self.spec, self.plan, self.store, self._attempts)
         backlog = self._backlog(phases, done)
         self._write_start(backlog, len(done))
         if not backlog.num_chunks:

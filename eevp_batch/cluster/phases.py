@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from eevp_batch.cluster.audit_watch import AuditWatch
 from eevp_batch.cluster.learning import LearnAttempt, Learning, LearnOrder
 from eevp_batch.cluster.news import News
 from eevp_batch.fitted_config import certified_delta
-from eevp_batch.records import AuditCounts, Phase
+from eevp_batch.records import Phase
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.attempts import Attempt
 from eevp_batch.storage.learned import Learned
@@ -23,14 +23,20 @@ class Phases:
         spec: the job.
         plan: its chunks.
         store: its output folder.
-        before: attempts that earlier runs committed.
+        before: gives the attempts that earlier runs committed.
     """
 
     def __init__(
-        self, spec: JobSpec, plan: Plan, store: Store, before: Iterator[Attempt] | None = None
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        store: Store,
+        before: Callable[[], Iterator[Attempt]] = lambda: iter(()),
     ) -> None:
         self._audit = AuditWatch(spec, store, certified_delta(spec))
-        self._learning = Learning(spec, plan, store, before)
+        self._learning = Learning(spec, plan, store, before())
+        past = before() if self._audit.is_watching else iter(())
+        self._found_before = [news for attempt in past for news in self._audited(attempt)]
 
     @property
     def phase(self) -> Phase:
@@ -46,16 +52,15 @@ class Phases:
         learned = self._learning.too_small()
         if learned is not None:
             yield _told(learned)
+        yield from self._found_before
 
-    def committed(self, attempt: Attempt, audited: AuditCounts) -> Iterator[News]:
-        """Take a committed attempt in.
-
-        Args:
-            attempt: just committed.
-            audited: all audited rows so far.
-        """
+    def committed(self, attempt: Attempt) -> Iterator[News]:
+        """Take an attempt in that was committed just now."""
         self._learning.committed(attempt)
-        drift = self._audit.look(audited)
+        yield from self._audited(attempt)
+
+    def _audited(self, attempt: Attempt) -> Iterator[News]:
+        drift = self._audit.look(attempt.stats.audit)
         if drift is not None:
             yield News("audit_drift", drift.text, drift.to_json())
 

@@ -7,7 +7,7 @@ from typing import Any
 from eevp_batch.report.colours import ExitColour
 from eevp_batch.report.figures import JobFigures
 from eevp_batch.report.plots import Plot, step_plot
-from eevp_batch.report.text import duration, flops, number, percent
+from eevp_batch.report.text import drift_text, duration, flops, number, percent
 
 NO_EVENTS = (
     "Not known: _eevp/events.jsonl is not there or tells of no committed chunk, so nothing can be "
@@ -105,9 +105,7 @@ def _notices(figures: JobFigures) -> list[str]:
     if summary.learning:
         notices.append(summary.learning[0].upper() + summary.learning[1:] + ".")
     if summary.drift:
-        stops = " Exits were stopped." if summary.drift.get("stops_exits") else ""
-        bound = percent(summary.drift["bound"])
-        notices.append(f"The audit warned: more tokens differ than the {bound} allowed.{stops}")
+        notices.append(f"The audit warned: {drift_text(summary.drift)}.")
     return notices
 
 

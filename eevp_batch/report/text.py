@@ -43,7 +43,7 @@ def render_summary(summary: JobSummary, width: int) -> str:
         "errors": _counts(totals.error_classes),
         "learning": summary.learning,
         "audit": summary.audit and _audit(summary.audit),
-        "drift": summary.drift and _drift(summary.drift),
+        "drift": summary.drift and drift_text(summary.drift),
     }
     blocks = [f"{summary.run_id}: {_state(summary.state, summary.reason)}\n{_facts(facts)}"]
     if totals.exit_histogram:
@@ -93,7 +93,7 @@ def status_facts(status: Status, now_unix_s: float) -> dict[str, Any]:
         "mean exit layer": totals.mean_exit_layer and f"{totals.mean_exit_layer:.2f}",
         "learning": status.learning,
         "audit": figures and _audit(figures),
-        "drift": status.drift and _drift(status.drift),
+        "drift": status.drift and drift_text(status.drift),
         "last progress": last and f"{duration(max(0.0, now_unix_s - last))} ago",
         "time left": left,
     }
@@ -183,6 +183,22 @@ def bar(share: float, width: int, rest: str = "") -> str:
     return drawn + rest * (width - len(drawn))
 
 
+def drift_text(event: Mapping[str, Any]) -> str:
+    """What the audit warned of.
+
+    Args:
+        event: `audit_drift`, as in the event log.
+    """
+    rows, before = event["rows"], event.get("rows_before", 0)
+    low, high = (percent(share) for share in event["interval"])
+    which = f"the last {number(rows)} of {number(rows + before)}" if before else number(rows)
+    then = "; exits were stopped" if event.get("stops_exits") else ""
+    return (
+        f"more tokens differ than the {percent(event['bound'])} allowed: when it was noticed "
+        f"{percent(event['disagreement'])} ({low} to {high}) in {which} audited rows{then}"
+    )
+
+
 def number(value: float) -> str:
     """Thousands with commas; one decimal below ten where there is one."""
     if value != int(value) and abs(value) < 10:
@@ -269,11 +285,6 @@ def _audit(found: AuditFigures) -> str:
         f"{percent(found.diverged / found.rows)} of the rows come out otherwise, "
         f"text distance {found.distance:.3f}"
     )
-
-
-def _drift(event: Mapping[str, Any]) -> str:
-    then = "; exits were stopped" if event.get("stops_exits") else ""
-    return f"more tokens differ than the {percent(event['bound'])} allowed{then}"
 
 
 def _state(state: str, reason: str | None) -> str:

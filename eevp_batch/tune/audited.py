@@ -4,13 +4,15 @@ An audited row is generated twice, with the exits and at full depth. Up to its f
 have the same text, so that each token up to there, the differing one included, is one look at the
 risk that is certified: that a token is not what full depth would give. As there, rows are the unit
 and weigh the same: of row i with F_i tokens at full depth, C_i of them looked at and D_i = 1 if the
-last of these differs, the *disagreement* is E[D / F] / E[C / F].
+last of these differs, the *disagreement* is E[D / F] / E[C / F]. It is the certified share where a
+row's tokens after its first difference differ as often as those before; where differences gather at
+the beginnings of rows it is above it, by 1 / E[C / F] at most.
 
 Its interval is by betting against a claimed disagreement R (Waudby-Smith and Ramdas, arXiv
 2010.09686): if the true one is at most R, the capital prod (1 + b (D_i - R C_i) / F_i) is expected
-not to grow, whatever tokens of a row have to do with each other; so it rarely gets large. It holds
-for capital looked at after every chunk, too: a job may warn as soon as it knows. It holds
-for every number of rows. Knows counts, nothing of tokens, models or files.
+not to grow, whatever tokens of a row have to do with each other; so it rarely gets large, for every
+number of rows. `drift` bets the same on a job that is running. Knows counts, nothing of tokens,
+models or files.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from eevp_batch.records import DISTANCE_STEPS, AuditCounts
 from eevp_batch.tune.bounds import clopper_pearson
 
 LEVEL = 0.95
-_BETS = (0.9, 1 / 2, 1 / 4, 1 / 8, 1 / 32)  # shares of the largest bet that cannot lose all
+BETS = (0.9, 1 / 2, 1 / 4, 1 / 8, 1 / 32)
+"""Shares of the largest bet that cannot lose all."""
 _STEPS = 40  # of a bisection
 
 Floats = npt.NDArray[np.float64]
@@ -68,18 +71,26 @@ class _Ratio:
     def estimate(self) -> float:
         return float(self.counts @ self.parts / (self.counts @ self.wholes))
 
+    def gains_above(self, ratio: float) -> Floats:
+        """[n] gains of who bets 1 that the ratio is above this one."""
+        return self.parts / ratio - self.wholes
+
     def capital_above(self, ratio: float) -> float:
         """Log capital of who bets that the ratio is above this one, in (0, 1); falls with it."""
-        return self._capital(self.parts / ratio - self.wholes)
+        return self._capital(self.gains_above(ratio))
 
     def capital_below(self, ratio: float) -> float:
         """Log capital of who bets that the ratio is below this one; rises with it."""
         return self._capital(ratio * self.wholes - self.parts)
 
     def _capital(self, gains: Floats) -> float:
-        """Of bets that all begin with the same part of 1; gains [n] are -1 or more."""
-        logs = np.log1p(np.asarray(_BETS)[:, None] * gains) @ self.counts  # [bets]
-        return float(np.logaddexp.reduce(logs)) - math.log(len(_BETS))
+        """Of bets that all begin with the same part of 1."""
+        return float(np.logaddexp.reduce(self.returns(gains))) - math.log(len(BETS))
+
+    def returns(self, gains: Floats) -> Floats:
+        """[bets] logs of what each bet has become of 1; gains [n] are -1 or more."""
+        logs: Floats = np.log1p(np.asarray(BETS)[:, None] * gains) @ self.counts
+        return logs
 
     def interval(self) -> Interval:
         """The ratios that neither bet refutes."""
@@ -142,20 +153,15 @@ def audit_figures(counts: AuditCounts) -> AuditFigures | None:
     )
 
 
-def exceeds(counts: AuditCounts, bound: float) -> bool:
-    """Whether the disagreement is above a bound, as sure as the interval is.
-
-    May be asked after every chunk: that it is ever true although the disagreement is not above the
-    bound has a probability of at most 2.5 % (Ville's inequality).
+def log_returns(counts: AuditCounts, bound: float) -> Floats:
+    """What 1 becomes of each of `BETS` on a disagreement above a bound, [bets] in logarithms.
 
     Args:
-        counts: all audited rows so far.
+        counts: audited rows, at least one.
         bound: in (0, 1).
     """
-    if not counts.diverged:
-        return False
-    capital = _Ratio.of_tokens(counts).capital_above(bound)
-    return capital >= -math.log((1 - LEVEL) / 2)
+    rows = _Ratio.of_tokens(counts)
+    return rows.returns(rows.gains_above(bound))
 
 
 def _border(holds: Callable[[float], bool]) -> Interval:

@@ -5,13 +5,14 @@ prompts of jobs/corpus.yaml. Every third row is audited.
 
     python -m tests.bench.workloads --workloads extract --steps generate,fit,certify
     python -m tests.bench.drift --workload out/workloads/extract --delta 0.02 --out FILE
+
+An interrupted run goes on where it was, with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--narrow-rows", type=int, default=480)
     parser.add_argument("--open-rows", type=int, default=320)
     parser.add_argument("--chunk-rows", type=int, default=32)
+    parser.add_argument("--folder", type=Path, default=Path("out/drift"), help="of the job")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -120,11 +122,11 @@ def _part(attempts: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run the job and print what the audit made of it."""
     chosen = options()
-    with tempfile.TemporaryDirectory() as folder:
-        code, _, _ = command("submit", str(write_job(chosen, Path(folder))))
-        if code:
-            raise SystemExit(f"submit: ended with {code}")
-        found = told(Path(folder) / "out", chosen.narrow_rows // chosen.chunk_rows)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    code, _, _ = command("submit", str(write_job(chosen, chosen.folder)))
+    if code:
+        raise SystemExit(f"submit: ended with {code}")
+    found = told(chosen.folder / "out", chosen.narrow_rows // chosen.chunk_rows)
     found |= {"stage": chosen.stage, "delta": float(chosen.delta), "epsilon": EPSILON}
     print(json.dumps(found, indent=1))
     write_json(chosen.out, {"setup": setup(), **found})

@@ -53,7 +53,7 @@ class Affine:
 class MlpHead:
     """x -> affine(x) + down relu(up(x)), an exit head that bends.
 
-    ReLU, for what it gives a number is the same to the last bit wherever in a batch that stands.
+    ReLU, because it rounds nothing: a row's result does not depend on its place in a batch.
 
     Attributes:
         affine: [E, E].

@@ -61,6 +61,10 @@ def main() -> None:
     rest, judged_rows = split_rows(rows, 0.25, seed=1)
     fitting, held_out = split_rows(rest, 1 / 3, seed=0)
     parts = [collect(model, some, layers, False) for some in (fitting, held_out, judged_rows)]
+    facts = {
+        "rows": [len(some) for some in (fitting, held_out, judged_rows)],
+        "tokens": [len(part.owners) for part in parts],
+    }
     found: list[dict[str, Any]] = []
     heads: dict[str, ExitHead] = {}
     for layer in layers:
@@ -71,8 +75,7 @@ def main() -> None:
                 heads["mlp " + str(head.width) if isinstance(head, MlpHead) else "affine"] = head
                 found.append({"layer": layer, "mlp_width": width, "epochs": epochs, **figures})
                 print(found[-1], flush=True)
-    facts = {"rows": [len(some) for some in (fitting, held_out, judged_rows)]}
-    facts |= {"tokens": [len(part.owners) for part in parts]}
+                write_json(chosen.out, {"setup": setup() | facts, "heads": found})
     costs = timed(model, heads)
     print(costs)
     write_json(chosen.out, {"setup": setup() | facts, "heads": found, "costs": costs})

@@ -24,7 +24,7 @@ from tests.tiny_models import NUM_LAYERS
 from tests.tune.rows import make_rows, without_layers
 
 LAYER = 3
-FIT = FitSettings([LAYER], heads=HeadSettings(epochs=1, batch=64, mlp_width=4))
+FIT = FitSettings([LAYER], heads=HeadSettings(epochs=1, batch=64))
 QUICK = AdapterSettings(rank=4, steps=12, checkpoint_steps=5, accumulate=2)
 
 

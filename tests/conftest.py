@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,15 @@ DEMO_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # What tests submit is nobody's history.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="eevp-state-")
+STATE_HOME = tempfile.mkdtemp(prefix="eevp-state-")
+os.environ["XDG_STATE_HOME"] = STATE_HOME
 # Threads that spin while they wait make tiny models five times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing of it behind."""
+    shutil.rmtree(STATE_HOME, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

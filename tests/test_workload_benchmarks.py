@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import workloads
+from tests.bench import replay, workloads
+from tests.bench.machine import ROOT
 from tests.bench.workloads_answers import last_number, starts_with
 from tests.bench.workloads_jobs import WORKLOADS, Sizes
 from tests.learning_jobs import save_shallow_model
@@ -42,6 +43,27 @@ def test_rows_to_learn_from_and_rows_to_judge_by_are_apart(tmp_path: Path) -> No
         assert len(set(prompts)) == 50, f"a prompt of {name} is there twice"
         again = make(Sizes(20, 20, 10), sources.get(name))
         assert (again.learned, again.judged) == (found.learned, found.judged)
+
+
+@pytest.mark.slow
+def test_a_checkout_replays_as_fast_as_itself_by_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl", 60)
+    workload = WORKLOADS["gsm8k"](Sizes(20, 20, 10), questions)
+    workload.write(tmp_path / "w", save_shallow_model(tmp_path / "shallow"), "float32")
+    command = f"replay --job {tmp_path}/w/job.yaml --set exit.mode=on --set exit.layers=[2,4]"
+    command += " --set sampling.max_new_tokens=8 --rows 6 --settings 3 --rounds 1"
+    command += f" --beside {ROOT} --out {tmp_path}/r"
+    monkeypatch.setattr(sys, "argv", command.split())
+    replay.main()
+    found = json.loads((tmp_path / "r").read_text())
+    assert found["rows"] == 6 and found["generated_tokens"] <= 6 * 8
+    this, other = (found["checkouts"][name] for name in ("this", "other"))
+    assert this["digest"] == other["digest"] and this["commit"] == other["commit"]
+    assert found["fewer_token_layers"] == 1 and found["speed"] > 0
+    fed = found["generated_tokens"] - 6
+    assert this["token_layers"] > 6 * fed, "one setting runs everything, and prompts run"
 
 
 @pytest.mark.ray

@@ -11,49 +11,50 @@ from eevp_batch.tune.states import Row
 
 
 class ForcedRow(Generation):
-    """A row whose text is known: at each depth it brings the positions that did not leave before.
+    """A row whose text is known: its prompt enters as in the engine, then all that follows at once.
+
+    Into a segment that has seen the prompt, it brings its generated tokens; no prompt token again.
 
     Args:
         row: prompt and generated tokens.
-        num_segments: D.
         exit_layers: e_1 < ... < e_D.
         short_prompt: see `ShortPrompt`.
-        num_shared: leading tokens whose keys/values are there at every depth.
+
+    Attributes:
+        left_at: depth at which each generated token left, D where none is known to; the first one's
+            is not looked at, for what decides it is the prompt's last token, which always runs.
     """
 
     def __init__(
-        self,
-        row: Row,
-        num_segments: int,
-        exit_layers: Sequence[int],
-        short_prompt: ShortPrompt | None,
-        num_shared: int,
+        self, row: Row, exit_layers: Sequence[int], short_prompt: ShortPrompt | None
     ) -> None:
-        super().__init__(
-            Prompt("", row.fed_ids), num_segments, 1, 0, "bridge", short_prompt=short_prompt
-        )
-        self._text_starts = len(row.prompt_ids)
-        self._exit_layers, self._short, self._num_shared = exit_layers, short_prompt, num_shared
-        self.left_at = [num_segments] * len(row.generated_ids)  # depth at which each token left
+        prompt, depths = Prompt("", list(row.prompt_ids)), len(exit_layers)
+        super().__init__(prompt, depths, 1, 0, "bridge", short_prompt=short_prompt)
+        self._exit_layers, self._generated_ids = exit_layers, row.generated_ids
+        self.left_at = [depths] * len(row.generated_ids)
 
-    def staying(self, depth: int) -> list[int]:
-        """Numbers of the generated tokens that are decided at `depth`."""
-        return [number for number, left in enumerate(self.left_at) if left >= depth]
+    def feed(self) -> None:
+        """Append the generated tokens, once every segment has seen the prompt."""
+        self.token_ids += self._generated_ids[:-1]
+
+    def deciding(self, depth: int) -> list[int]:
+        """Numbers of the generated tokens that are decided when it runs segment `depth` now."""
+        if self.filled[depth] < self.num_prompt:
+            return [0]
+        return [n for n, left in enumerate(self.left_at) if n and left >= depth]
 
     def waiting(self, depth: int) -> Waiting:
-        """See `Sequence.waiting`; position t decides generated token t - num_prompt + 1."""
-        prompt = range(self._num_shared, self._text_starts)
-        skipped, project = range(0), dict[Origin, list[int]]()
-        if self._short is not None and depth:
-            skipped = self._short.skipped(self._text_starts)
-            stopped = [position for position in prompt if position in skipped]
-            project = {Origin("prompt", self._short.exit_layer): stopped} if stopped else {}
-        run = [position for position in prompt if position not in skipped]
-        for number in range(1, len(self.left_at)):
-            position, left = self._text_starts + number - 1, self.left_at[number]
+        """See `Sequence.waiting`; nothing looks at what comes after the last token that runs."""
+        if self.filled[depth] < self.num_prompt:
+            return super().waiting(depth)
+        run: list[int] = []
+        project: dict[Origin, list[int]] = {}
+        for number in range(1, self.deciding(depth)[-1] + 1):
+            # Generated token n is decided at the position before its own.
+            position, left = self.num_prompt + number - 1, self.left_at[number]
             if left >= depth:
                 run.append(position)
             else:
                 origin = Origin("generated", self._exit_layers[left])
                 project.setdefault(origin, []).append(position)
-        return Waiting(run, project, range(len(self.staying(depth))))
+        return Waiting(run, project, range(len(run)))

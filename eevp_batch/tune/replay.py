@@ -4,6 +4,10 @@ Teacher-forced: whatever leaves early, the text goes on as it is known. At each 
 are still on their way are decided at once; those that leave keep their state, `h = where(exited, h,
 layer(h))`, and give deeper layers the keys/values that the KV policy gives them. Given the text,
 this is token for token what the sequential engine does. It runs the engine's own segments.
+
+No threshold changes a prompt's keys/values, for its tokens run or are bridged whoever leaves after
+them. So a prompt runs once for all settings; what it left in the pool stays as it is, and only
+generated tokens run for each.
 """
 
 from __future__ import annotations
@@ -112,9 +116,9 @@ class Replay:
             of_group = [rows[n] for n in group]
             one_pass = _Pass(self._model, pool, rule, self._settings, of_group, beginning)
             # Where keys and values end up exact, no setting changes what any exit sees.
-            exact = one_pass.full() if self._reruns else None
+            exact = one_pass.decided(None) if self._reruns else None
             for setting, thresholds in enumerate(grid):
-                decided = exact or one_pass.sparse(thresholds)
+                decided = exact or one_pass.decided(thresholds)
                 for number, found in zip(group, one_pass.settle(decided, thresholds), strict=True):
                     out[setting][number] = found
             one_pass.close()
@@ -150,9 +154,18 @@ class _Decided:
     confidences: numpy.ndarray
     token_ids: numpy.ndarray
 
+    @classmethod
+    def nothing(cls, count: int) -> _Decided:
+        """Of tokens of which none has come."""
+        unknown = numpy.full(count, numpy.nan, dtype=numpy.float32)
+        return cls(unknown, numpy.zeros(count, dtype=numpy.int64))
+
+    def copy(self) -> _Decided:
+        return _Decided(self.confidences.copy(), self.token_ids.copy())
+
 
 class _Pass:
-    """Some rows in the pool, which every setting runs through again.
+    """Some rows in the pool: their prompts at every depth, their text to run for every setting.
 
     Args:
         model: cut at the exit layers.
@@ -174,14 +187,21 @@ class _Pass:
     ) -> None:
         self._model, self._pool, self._rule, self._settings = model, pool, rule, settings
         self._rows = rows
-        self._forced = []
-        for row in rows:
-            layers, short = model.exit_layers, settings.short_prompt
-            forced = ForcedRow(row, model.num_segments, layers, short, beginning.length)
-            pool.admit(forced, forced.num_prompt, beginning.pages, beginning.length)
+        self._forced = [ForcedRow(row, model.exit_layers, settings.short_prompt) for row in rows]
+        for forced, row in zip(self._forced, rows, strict=True):
+            pool.admit(forced, len(row.fed_ids), beginning.pages, beginning.length)
             pool.grow(forced)
-            self._forced.append(forced)
-        self._first = self._run(0)
+        # By depth, what the prompts' last tokens say of the first generated ones.
+        self._by_prompts: list[_Decided] = []
+        nothing = _Decided.nothing(sum(len(row.generated_ids) for row in rows))
+        for depth in range(model.num_segments):
+            self._by_prompts.append(self._run(depth, nothing))
+            for forced in self._forced:
+                forced.mark_filled(depth)
+        for forced in self._forced:
+            forced.feed()
+            pool.grow(forced)
+        self._first = self._run(0, self._by_prompts[0])
         # [S, E] where segments after the second begin, for they overwrite it.
         self._hidden = pool.hidden.clone() if model.num_segments > 2 else None
 
@@ -190,26 +210,27 @@ class _Pass:
         for forced in self._forced:
             self._pool.release(forced)
 
-    def full(self) -> list[_Decided]:
-        """What every exit says of every token when nothing is left out."""
-        self._start()
-        return [self._first, *(self._run(depth) for depth in range(1, self._model.num_segments))]
-
-    def sparse(self, thresholds: Thresholds) -> list[_Decided]:
-        """What every exit says of the tokens that reach it under these thresholds."""
-        self._start()
+    def decided(self, thresholds: Thresholds | None) -> list[_Decided]:
+        """What every exit says of the tokens that reach it; without thresholds all of them do."""
+        if self._hidden is not None:
+            self._pool.hidden.copy_(self._hidden)
+        for forced in self._forced:
+            forced.left_at = [self._model.num_segments] * len(forced.left_at)
         found = [self._first]
         for depth in range(1, self._model.num_segments):
-            bars = self._bars(depth - 1, thresholds)
-            start = 0
-            for forced, row in zip(self._forced, self._rows, strict=True):
-                stop = start + len(row.generated_ids)
-                leaves = found[-1].confidences[start:stop] > bars[start:stop]  # NaN: left before
-                for number in numpy.flatnonzero(leaves):
-                    forced.left_at[number] = depth - 1
-                start = stop
-            found.append(self._run(depth))
+            if thresholds is not None:
+                self._let_go(depth - 1, found[-1], self._bars(depth - 1, thresholds))
+            found.append(self._run(depth, self._by_prompts[depth]))
         return found
+
+    def _let_go(self, depth: int, decided: _Decided, bars: numpy.ndarray) -> None:
+        """Note who leaves at an exit; NaN is not above the threshold: it left before."""
+        start = 0
+        for forced in self._forced:
+            stop = start + len(forced.left_at)
+            for number in numpy.flatnonzero(decided.confidences[start:stop] > bars[start:stop]):
+                forced.left_at[number] = depth
+            start = stop
 
     def settle(self, decided: list[_Decided], thresholds: Thresholds) -> Iterator[Replayed]:
         """Each row's tokens: the first exit that is sure, where the KV policy lets it leave."""
@@ -231,12 +252,6 @@ class _Pass:
             start += len(row.generated_ids)
             yield found
 
-    def _start(self) -> None:
-        if self._hidden is not None:
-            self._pool.hidden.copy_(self._hidden)
-        for forced in self._forced:
-            forced.left_at = [self._model.num_segments] * len(forced.left_at)
-
     def _bars(self, depth: int, thresholds: Thresholds) -> numpy.ndarray:
         """Threshold [S] float32 of each token at an exit."""
         limit, decay = self._settings.sampling.max_new_tokens, self._settings.exits.decay
@@ -248,21 +263,18 @@ class _Pass:
         return numpy.array(bars, dtype=numpy.float32)
 
     @torch.inference_mode()
-    def _run(self, depth: int) -> _Decided:
-        """Run the tokens that came this far through a segment and ask its exit."""
-        total = sum(len(row.generated_ids) for row in self._rows)
-        found = _Decided(
-            numpy.full(total, numpy.nan, dtype=numpy.float32), numpy.zeros(total, dtype=numpy.int64)
-        )
+    def _run(self, depth: int, known: _Decided) -> _Decided:
+        """Run what came this far through a segment, and add what its exit says to what is known."""
         seats: list[int] = []
         steps: list[int] = []
         running, start = [], 0
         for forced in self._forced:
-            staying = forced.staying(depth)
-            seats += [start + number for number in staying]
-            steps += staying
-            running += [forced] if staying else []
+            deciding = forced.deciding(depth)
+            seats += [start + number for number in deciding]
+            steps += deciding
+            running += [forced] if deciding else []
             start += len(forced.left_at)
+        found = known.copy()
         if not running:
             return found
         tokens = pack(running, depth, self._pool, self._model.layers.row_multiple)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def oracle(model: PreTrainedModel, prompt: Prompt, **settings: Any) -> list[int]
         **{"max_new_tokens": NEW_TOKENS, **settings},
     )
     return out[0, ids.shape[1] :].tolist()
+
+
+@cache
+def plain(path: Path) -> PreTrainedModel:
+    """The model that engines are compared with; nobody changes it."""
+    return load_model(path)
+
+
+@cache
+def _greedy(path: Path, token_ids: tuple[int, ...]) -> list[int]:
+    return oracle(plain(path), Prompt(0, list(token_ids)))
+
+
+def greedy(path: Path, prompt: Prompt) -> list[int]:
+    """The oracle of a folder's model; asked for the same again it remembers."""
+    return list(_greedy(path, tuple(prompt.token_ids)))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from eevp_batch.model_config import read_model_config
 from eevp_batch.records import Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, ModelSpec, SamplingSpec
 from eevp_batch.tune.lora import LoraModel
-from tests.engine.conftest import NEW_TOKENS, load_model, oracle, run
+from tests.engine.conftest import NEW_TOKENS, greedy, load_model, oracle, run
 from tests.tiny_models import NUM_LAYERS, build_model
 
 
@@ -54,7 +54,7 @@ def test_a_merged_engine_says_what_transformers_with_the_change_says(
 ) -> None:
     plain = load_model(any_tiny_model)
     prompts = prompts[:8]
-    before = {(p.row_id, 0): oracle(plain, p) for p in prompts}
+    before = {(p.row_id, 0): greedy(any_tiny_model, p) for p in prompts}
     adapter = changed(plain).adapter()
     expected = {(p.row_id, 0): oracle(plain, p) for p in prompts}
     spec = ModelSpec(path=str(any_tiny_model), dtype="float32")

@@ -22,7 +22,7 @@ from eevp_batch.engine.sequence import Sequence as Generating
 from eevp_batch.errors import FittedExitsError
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
-from tests.engine.conftest import NEW_TOKENS, load_model, make_engine, oracle, run
+from tests.engine.conftest import NEW_TOKENS, greedy, load_model, make_engine, run
 from tests.engine.test_exit_heads import random_head
 from tests.tiny_models import FAMILIES, NUM_LAYERS
 
@@ -223,12 +223,11 @@ def test_above_any_confidence_the_output_is_plain_greedy(
     family: str, tiny_model_path: Any, prompts: list[Prompt]
 ) -> None:
     path = tiny_model_path(family)
-    model = load_model(path)
-    fitted = with_prompts(model)
+    fitted = with_prompts(load_model(path))
     found = run(bridged_engine(path, fitted, threshold=1.5), prompts)
     for prompt in prompts:
         ids = [exit.token_id for exit in found[prompt.row_id, 0].exits]
-        assert ids == oracle(model, prompt)[: len(ids)]
+        assert ids == greedy(path, prompt)[: len(ids)]
 
 
 def test_heads_of_zeros_are_the_logit_lens(tiny_model_path: Any, prompts: list[Prompt]) -> None:

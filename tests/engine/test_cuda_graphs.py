@@ -66,7 +66,7 @@ def make_recording(path: Path, recorder: Recorder | None, **settings: Any) -> En
         kernel=small_pages(),
         threshold=0.35,
         layers=LAYERS,
-        sampling=SamplingSpec(max_new_tokens=12),
+        sampling=SamplingSpec(max_new_tokens=8),
         limits={"max_resident": 5},  # a small pool: Flex as written looks at all of it
         **settings,
     )
@@ -83,7 +83,7 @@ def run_flex_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_runs_give_what_direct_runs_give(
     tiny_llama: Path, prompts: list[Prompt], kv: str
 ) -> None:
-    few = prompts[:7]
+    few = prompts[:5]
     expected = run(make_recording(tiny_llama, None, kv=kv), few)
     counts = Counts()
     engine = make_recording(tiny_llama, counts, kv=kv)

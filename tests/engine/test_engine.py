@@ -18,7 +18,7 @@ from eevp_batch.engine.sequence import Sequence
 from eevp_batch.errors import EngineStalledError, UsageError
 from eevp_batch.records import Generation, Prompt, RowFailure
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
-from tests.engine.conftest import NEW_TOKENS, load_model, make_engine, oracle, run
+from tests.engine.conftest import NEW_TOKENS, greedy, load_model, make_engine, oracle, run
 
 NAN_ID = 319
 
@@ -177,9 +177,8 @@ def test_long_prompts_over_the_token_limit_of_a_step(tiny_llama: Path) -> None:
     engine = make_engine(tiny_llama, layers=[2, 4], threshold=1.5, max_batch=12)
     engine.queues.max_tokens = 500
     found = run(engine, prompts)
-    model = load_model(tiny_llama)
     for prompt in prompts:
-        assert found[prompt.row_id, 0].token_ids == oracle(model, prompt)
+        assert found[prompt.row_id, 0].token_ids == greedy(tiny_llama, prompt)
 
 
 def test_a_step_that_runs_nothing_while_work_remains_is_an_error(tiny_llama: Path) -> None:
@@ -200,7 +199,7 @@ def test_k_smaller_than_the_ids_always_kept_is_refused(tiny_llama: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kv", "num_prompts"), [("propagate", 24), ("recompute", 7), ("verify", 7)]
+    ("kv", "num_prompts"), [("propagate", 12), ("recompute", 5), ("verify", 5)]
 )
 def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
     tiny_llama: Path, prompts: list[Prompt], kv: str, num_prompts: int
@@ -213,7 +212,7 @@ def test_bfloat16_rows_do_not_depend_on_their_batch_to_the_last_bit(
         "layers": [2, 4],
         "threshold": 0.35,
         "kv": kv,
-        "sampling": SamplingSpec(max_new_tokens=100),
+        "sampling": SamplingSpec(max_new_tokens=80),
     }
 
     def batches_of(size: int) -> dict[Any, Generation]:

@@ -25,7 +25,7 @@ from eevp_batch.engine.kernel_choice import choose_kernel, objection_to
 from eevp_batch.engine.paged_kernels import AttentionShape, Flex, Varlen
 from eevp_batch.records import Prompt
 from eevp_batch.spec import SamplingSpec
-from tests.engine.conftest import load_model, make_engine, oracle, run
+from tests.engine.conftest import greedy, load_model, make_engine, run
 from tests.engine.test_paged_kernels import pack_with_a_gap
 from tests.tiny_models import build_model
 
@@ -73,9 +73,8 @@ def wide_model(family: str = "llama") -> PreTrainedModel:
 def test_exits_off_equals_greedy_on_the_device(any_tiny_model: Path, prompts: list[Prompt]) -> None:
     engine = make_engine(any_tiny_model, model=load_model(any_tiny_model).cuda())
     found = run(engine, prompts)
-    model = load_model(any_tiny_model)
     for prompt in prompts:
-        assert found[prompt.row_id, 0].token_ids == oracle(model, prompt)
+        assert found[prompt.row_id, 0].token_ids == greedy(any_tiny_model, prompt)
 
 
 def test_exits_give_on_the_device_what_they_give_on_the_cpu(

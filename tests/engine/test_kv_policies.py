@@ -20,17 +20,11 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.sequence import Sequence
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import SamplingSpec
-from tests.engine.conftest import load_model, make_engine, oracle, run
+from tests.engine.conftest import greedy, load_model, make_engine, plain, run
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
 
 RECALCULATING = ["recompute", "verify"]
 DEPTHS = {2: [3], 3: [2, 4], 5: [1, 2, 3, 5]}  # exit layers before the last, by their number D
-
-
-@cache
-def plain(path: Path) -> PreTrainedModel:
-    """The model that forwards are compared with; nobody changes it."""
-    return load_model(path)
 
 
 @cache
@@ -176,7 +170,7 @@ def test_verify_equals_greedy_generation(
     watch_releases(engine, seen)
     found = run(engine, prompts)
     for prompt in prompts:
-        assert found[prompt.row_id, 0].token_ids == oracle(plain(any_tiny_model), prompt)
+        assert found[prompt.row_id, 0].token_ids == greedy(any_tiny_model, prompt)
     assert check_keys_and_values(any_tiny_model, seen) > 300
     stats = engine.stats
     exits = [exit for generation in found.values() for exit in generation.exits]
@@ -194,7 +188,7 @@ def test_recompute_that_nobody_leaves_early_is_greedy(
     settings = {"layers": DEPTHS[num_depths], "threshold": 1.5, "kv": "recompute"}
     found = run(make_engine(any_tiny_model, model=cut(any_tiny_model), **settings), prompts)
     for prompt in prompts:
-        assert found[prompt.row_id, 0].token_ids == oracle(plain(any_tiny_model), prompt)
+        assert found[prompt.row_id, 0].token_ids == greedy(any_tiny_model, prompt)
 
 
 def test_recompute_lets_tokens_leave_and_fills_what_they_skipped(
@@ -229,9 +223,9 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(
         "model": cut(any_tiny_model),
         "sampling": SamplingSpec(temperature=temperature, max_new_tokens=20),
     }
-    mixed = run(make_engine(any_tiny_model, max_batch=7, **settings), prompts)
+    mixed = run(make_engine(any_tiny_model, max_batch=7, **settings), prompts[:12])
     one = {"max_resident": 1}
-    alone = run(make_engine(any_tiny_model, max_batch=1, limits=one, **settings), prompts)
+    alone = run(make_engine(any_tiny_model, max_batch=1, limits=one, **settings), prompts[:12])
     for key, generation in mixed.items():
         assert alone[key].token_ids == generation.token_ids, f"row {key} depends on its batch"
         assert alone[key].exit_layers == generation.exit_layers

@@ -14,7 +14,7 @@ from eevp_batch.engine.load import build_engine
 from eevp_batch.engine.prefixes import MAX_PREFIXES, WORTHWHILE_TOKENS
 from eevp_batch.records import Prompt, RowFailure
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec
-from tests.engine.conftest import load_model, make_engine, oracle, run
+from tests.engine.conftest import greedy, load_model, make_engine, run
 
 
 def with_header(header: int, rows: int = 12, seed: int = 3) -> list[Prompt]:
@@ -47,9 +47,8 @@ def test_sharing_changes_no_row(any_tiny_model: Path, header: int) -> None:
 def test_shared_rows_equal_transformers(any_tiny_model: Path) -> None:
     prompts = with_header(40)
     found = run(make_engine(any_tiny_model), prompts)
-    model = load_model(any_tiny_model)
     for prompt in prompts:
-        assert found[prompt.row_id, 0].token_ids == oracle(model, prompt)
+        assert found[prompt.row_id, 0].token_ids == greedy(any_tiny_model, prompt)
 
 
 def test_the_samples_of_a_row_share_its_whole_prompt(tiny_llama: Path) -> None:

@@ -111,6 +111,19 @@ _AT_FULL_DEPTH = (
     help="Ids of the shortlist, those that the rows' tokens mostly are.",
 )
 @click.option(
+    "--head",
+    default="affine",
+    show_default=True,
+    type=click.Choice(["affine", "mlp"]),
+    help="Kind of the exit heads; mlp adds a residual MLP to the affine map, which did not pay on "
+    "the demo model's narrow job.",
+)
+@click.option(
+    "--head-width",
+    type=click.IntRange(min=1),
+    help="Hidden units of an MLP head; 1/4 of the model's width.",
+)
+@click.option(
     "--tail",
     default=1,
     show_default=True,
@@ -157,6 +170,8 @@ def fit(
     numbers = [int(part) for part in layers.split(",") if layers]
     if options["adapter_steps"] and not options["adapter_rank"]:
         raise UsageError("--adapter-steps: found no --adapter-rank; allowed: both")
+    if options["head_width"] and options["head"] != "mlp":
+        raise UsageError("--head-width: found --head affine; allowed: --head mlp")
     job = prepare(spec, [*overrides, *_AT_FULL_DEPTH])
     check_prompts(job)
     chosen = FitOptions(layers=numbers, **options)

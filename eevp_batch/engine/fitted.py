@@ -23,7 +23,7 @@ from eevp_batch.engine.adapter import Adapter
 from eevp_batch.engine.proposals import LowRankProposal
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import FittedExitsError
-from eevp_batch.fitted_config import FITTED_FORMAT, FITTED_MANIFEST, read_manifest
+from eevp_batch.fitted_config import AFFINE_FORMAT, FITTED_MANIFEST, MLP_FORMAT, read_manifest
 
 MANIFEST, WEIGHTS = FITTED_MANIFEST, "fitted.safetensors"
 _ADAPTER = "adapter."
@@ -47,6 +47,36 @@ class Affine:
         return torch.nn.functional.linear(
             rows, self.weight.to(rows.dtype), self.bias.to(rows.dtype)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MlpHead:
+    """x -> affine(x) + down relu(up(x)), an exit head that bends.
+
+    ReLU, because it rounds nothing: a row's result does not depend on its place in a batch.
+
+    Attributes:
+        affine: [E, E].
+        up: [r, E].
+        down: [E, r].
+    """
+
+    affine: Affine
+    up: Affine
+    down: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Hidden units, r."""
+        return self.down.shape[1]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, E] -> [N, E] in the type of the rows."""
+        bent = self.up(rows).relu()
+        return self.affine(rows) + torch.nn.functional.linear(bent, self.down.to(rows.dtype))
+
+
+ExitHead = Affine | MlpHead
 
 
 def bridge_input(unit: torch.Tensor, previous: torch.Tensor, lifted: torch.Tensor) -> torch.Tensor:
@@ -82,8 +112,8 @@ class FittedExits:
         num_layers: L of that model.
         hidden_size: E of that model.
         exit_layers: e_1 < ..., the last layer apart.
-        heads: by exit layer: the state before the final norm is u + head(u) there; zeros are the
-            logit lens.
+        heads: by exit layer, of either kind: the state before the final norm is u + head(u) there;
+            zeros are the logit lens.
         bridges: by kind of token and exit layer; `prompt` at the first exit layer only.
         proposal: proposes the ids to keep at the first exit layer.
         shortlist: [C] int32, ascending: ids that the job's outputs use; None: none was made.
@@ -97,7 +127,7 @@ class FittedExits:
     num_layers: int
     hidden_size: int
     exit_layers: tuple[int, ...]
-    heads: Mapping[int, Affine] = field(default_factory=dict)
+    heads: Mapping[int, ExitHead] = field(default_factory=dict)
     bridges: Mapping[tuple[Kind, int], Bridge] = field(default_factory=dict)
     proposal: LowRankProposal | None = None
     shortlist: torch.Tensor | None = None
@@ -118,8 +148,9 @@ class FittedExits:
         folder.mkdir(parents=True, exist_ok=True)
         weights = format_safetensors({k: v.contiguous() for k, v in self._tensors().items()})
         (folder / WEIGHTS).write_bytes(weights)
+        has_mlp = any(isinstance(head, MlpHead) for head in self.heads.values())
         manifest = {
-            "format": FITTED_FORMAT,
+            "format": MLP_FORMAT if has_mlp else AFFINE_FORMAT,
             "model_hash": self.model_hash,
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -163,7 +194,7 @@ class FittedExits:
         """Everything by the name that it has in the file."""
         out: dict[str, torch.Tensor] = {}
         for layer, head in self.heads.items():
-            out |= {f"heads.{layer}.weight": head.weight, f"heads.{layer}.bias": head.bias}
+            out |= _head_tensors(f"heads.{layer}", head)
         for (kind, exit_layer), bridge in self.bridges.items():
             stem = f"bridges.{kind}.{exit_layer}"
             if bridge.down is not None:
@@ -180,6 +211,14 @@ class FittedExits:
         if self.shortlist is not None:
             out["shortlist"] = self.shortlist
         return out
+
+
+def _head_tensors(stem: str, head: ExitHead) -> dict[str, torch.Tensor]:
+    """A head by the names that it has in the file; see `_assembled`."""
+    if isinstance(head, MlpHead):
+        up = {f"{stem}.up.weight": head.up.weight, f"{stem}.up.bias": head.up.bias}
+        return _head_tensors(stem, head.affine) | up | {f"{stem}.down": head.down}
+    return {f"{stem}.weight": head.weight, f"{stem}.bias": head.bias}
 
 
 _OWN_FIELDS = (
@@ -201,8 +240,13 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
     def affine(stem: str) -> Affine:
         return Affine(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"])
 
+    def head(stem: str) -> ExitHead:
+        if f"{stem}.down" not in tensors:
+            return affine(stem)
+        return MlpHead(affine(stem), affine(f"{stem}.up"), tensors[f"{stem}.down"])
+
     exit_layers, num_layers = tuple(manifest["exit_layers"]), int(manifest["num_layers"])
-    heads = {e: affine(f"heads.{e}") for e in exit_layers if f"heads.{e}.weight" in tensors}
+    heads = {e: head(f"heads.{e}") for e in exit_layers if f"heads.{e}.weight" in tensors}
     kinds: tuple[Kind, ...] = ("generated", "prompt")
     bridges: dict[tuple[Kind, int], Bridge] = {}
     for kind in kinds:

@@ -20,12 +20,12 @@ from eevp_batch.engine.attention import Kernel
 from eevp_batch.engine.bridges import Bridges
 from eevp_batch.engine.decoder_part import DecoderPart
 from eevp_batch.engine.devices import Device
+from eevp_batch.engine.exit_heads import LaidOutHead
 from eevp_batch.engine.fitted import FittedExits, unit_state
 from eevp_batch.engine.fused import FusedLayers, can_fuse
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.kv_store import FirstStates, KvStore
 from eevp_batch.engine.module_layers import ModuleLayers
-from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
 from eevp_batch.engine.stored_weights import execution_device, present
 from eevp_batch.errors import FittedExitsError, ModelError, UsageError
@@ -99,7 +99,7 @@ class SegmentedModel:
         self.num_layers: int = config.num_hidden_layers
         self.exit_layers = self._checked(exit_layers)
         self.config = config
-        self._heads: dict[int, PackedLinear] = {}
+        self._heads: dict[int, LaidOutHead] = {}
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_size: int = model.model.layers[0].self_attn.head_dim
@@ -279,12 +279,8 @@ class SegmentedModel:
     def _use(self, fitted: FittedExits) -> None:
         """What of it this device needs."""
         ends = {self.exit_layers[depth] for depth in self.depths}
-        eye = torch.eye(self.hidden_size)
         self._heads = {
-            layer: PackedLinear(
-                (head.weight.float().cpu() + eye).to(self.device, self.dtype),
-                head.bias.to(self.device, self.dtype),
-            )
+            layer: LaidOutHead(head, self.dtype, self.device)
             for layer, head in fitted.heads.items()
             if layer in ends
         }
@@ -293,6 +289,12 @@ class SegmentedModel:
                 fitted, self.dtype, self.device, self.norm_eps, self.layer_indices
             )
 
+    @property
+    def head_mlp_width(self) -> int | None:
+        """Hidden units of the widest MLP among its exit heads; None: all of them are affine."""
+        widths = [head.mlp_width for part in self.parts for head in part._heads.values()]
+        return max((width for width in widths if width is not None), default=None)
+
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, [B, E] -> [B, E] in the model's type."""
         return self.layers.normed(hidden)
@@ -300,8 +302,8 @@ class SegmentedModel:
     def normed_at(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head reads at an exit, [B, E] -> [B, E]: the final norm of the state.
 
-        Where a head is fitted, of u + A u + b, with u the unit state (tuned lens, arXiv
-        2303.08112, section 3, on states of one scale).
+        Where a head is fitted, of u + head(u), with u the unit state (an affine head is a tuned
+        lens, arXiv 2303.08112, section 3, on states of one scale).
         """
         head = self._heads.get(exit_layer)
         if head is not None:

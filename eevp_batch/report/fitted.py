@@ -33,8 +33,9 @@ def render_fitted(manifest: Mapping[str, Any]) -> str:
             f"{percent(share)} at {100 * float(target):g} %"
             for target, share in head["share_leaving_of_all"].items()
         )
+        mlp = f", MLP of {number(head['mlp_width'])}" if head.get("mlp_width") else ""
         lines.append(
-            f"  head after layer {layer}: agrees on {percent(head['agreement'])} of "
+            f"  head after layer {layer}{mlp}: agrees on {percent(head['agreement'])} of "
             f"{number(head['held_out_tokens'])} tokens; leaving, by the share of all tokens that "
             f"stays as it was: {leaving}"
         )

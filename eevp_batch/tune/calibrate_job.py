@@ -193,7 +193,14 @@ def job_costs(cut: CutModel, exit: ExitSpec) -> Costs:
     rank = len(cut.proposal.right) if isinstance(cut.proposal, LowRankProposal) else None
     listed = cut.proposal.ids if cut.proposal is not None else None
     size = None if listed is None else len(listed)
-    costs = measured_costs(cut.model, _COSTED_BATCH, exit.vocab.top_k, rank, shortlist=size)
+    costs = measured_costs(
+        cut.model,
+        _COSTED_BATCH,
+        exit.vocab.top_k,
+        rank,
+        shortlist=size,
+        mlp_width=cut.model.head_mlp_width,
+    )
     return costs if exit.heads is not None else replace(costs, exit_head=0.0)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eevp_batch.engine.engine import Engine
-from eevp_batch.engine.fitted import Affine, FittedExits
+from eevp_batch.engine.fitted import ExitHead, FittedExits
 from eevp_batch.engine.load import load_job_model, load_weights
 from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -32,6 +32,7 @@ from eevp_batch.tune.adapter_training import AdapterSettings
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import measured_costs
 from eevp_batch.tune.fit import FitSettings, OnProgress, fit_exits, split_rows
+from eevp_batch.tune.head_training import HeadSettings, usual_mlp_width
 from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
@@ -113,7 +114,7 @@ def run_potential(
     Raises:
         UsageError: something cannot be read, or does not belong together.
     """
-    lenses: dict[str, Mapping[int, Affine]] = {"raw": {}}
+    lenses: dict[str, Mapping[int, ExitHead]] = {"raw": {}}
     if heads is not None:
         model_hash = read_model_config(ModelSpec(path=source.model)).content_hash
         lenses["fitted"] = _heads_of(heads, model_hash)
@@ -129,7 +130,7 @@ def run_potential(
     return measure_potential(found.model, rows, lenses, costs, target).to_json()
 
 
-def _heads_of(folder: str, model_hash: str) -> Mapping[int, Affine]:
+def _heads_of(folder: str, model_hash: str) -> Mapping[int, ExitHead]:
     """The heads of a folder of fitted exits.
 
     Raises:
@@ -163,6 +164,8 @@ class FitOptions:
         shortlist: ids of the shortlist.
         tail: prompt tokens at the end that run at full depth where prompts are bridged.
         seed: of the choice of rows.
+        head: kind of the exit heads, `affine` or `mlp`.
+        head_width: hidden units of an MLP; None: a quarter of the model's width.
         adapter_rank: of an adapter that is trained first; None: the model stays as it is.
         adapter_steps: of its training; None: as many as `adapter_minutes` are enough for.
         adapter_minutes: of its training.
@@ -177,9 +180,17 @@ class FitOptions:
     shortlist: int
     tail: int
     seed: int
+    head: Literal["affine", "mlp"] = "affine"
+    head_width: int | None = None
     adapter_rank: int | None = None
     adapter_steps: int | None = None
     adapter_minutes: float = 8.0
+
+    def mlp_width(self, width: int) -> int | None:
+        """Hidden units of the heads' MLPs on a model of a width; None: heads are affine."""
+        if self.head == "affine":
+            return None
+        return self.head_width or usual_mlp_width(width)
 
 
 def run_fit(
@@ -234,6 +245,7 @@ def run_fit(
         proposal_rank=options.proposal_rank,
         shortlist=options.shortlist,
         tail=options.tail,
+        heads=HeadSettings(mlp_width=options.mlp_width(config.hidden_size)),
         seed=options.seed,
     )
     job = (model, config.content_hash, rows, settings)
@@ -280,6 +292,7 @@ def _searched(
         proposal_rank=options.proposal_rank,
         bridge_rank=options.bridge_rank,
         shortlist=options.shortlist,
+        mlp_width=options.mlp_width(model.hidden_size),
     )
     best = choose_exits(model, rows, costs, options.target)[0]
     if not best.layers:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from eevp_batch.engine.exit_heads import LaidOutHead
+from eevp_batch.engine.fitted import Affine, ExitHead, MlpHead
 from eevp_batch.engine.proposals import LowRankProposal, ShortlistProposal
 from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
@@ -31,6 +33,7 @@ def measured_costs(
     proposal_rank: int | None = None,
     bridge_rank: int | None = None,
     shortlist: int | None = None,
+    mlp_width: int | None = None,
 ) -> Costs:
     """Seconds per token of each part, in a batch; reading keys and values is left out.
 
@@ -41,6 +44,7 @@ def measured_costs(
         proposal_rank: of a low-rank proposal, if there is one.
         bridge_rank: of the bridges; None: the usual one.
         shortlist: ids of a shortlist, if there is one; the cheapest proposal counts.
+        mlp_width: hidden units of the exit heads' MLPs; None: they are affine.
     """
     weight = model.head_weight
     vocab, width = weight.shape
@@ -70,16 +74,30 @@ def measured_costs(
     down = torch.randn(rank, num_inputs, device=weight.device).to(weight.dtype)
     inputs = torch.randn(len(rows), num_inputs, device=weight.device).to(weight.dtype)
     reading = per_row(lambda: linear(inputs, down))  # once for all layers
-    square = torch.randn(width, width, device=weight.device).to(weight.dtype)
+    exit_head = _random_head(width, mlp_width, weight)
     return Costs(
         num_layers=model.num_layers,
         layer=layer_time(model, num_rows) / num_rows,
         head=head,
         proposal=proposal,
         rescoring=rescoring,
-        exit_head=per_row(lambda: linear(rows, square)),
+        exit_head=per_row(lambda: exit_head(rows)),
         bridge=per_row(lambda: linear(inputs[:, :rank], up)) + reading / model.num_layers,
     )
+
+
+def _random_head(width: int, mlp_width: int | None, like: torch.Tensor) -> LaidOutHead:
+    """An exit head of a shape, on the device and in the type of a tensor."""
+
+    def affine(num_out: int) -> Affine:
+        return Affine(torch.randn(num_out, width), torch.randn(num_out))
+
+    head: ExitHead
+    if mlp_width is None:
+        head = affine(width)
+    else:
+        head = MlpHead(affine(width), affine(mlp_width), torch.randn(width, mlp_width))
+    return LaidOutHead(head, like.dtype, like.device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

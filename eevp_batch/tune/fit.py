@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eevp_batch.engine.fitted import Affine, Bridge, FittedExits
+from eevp_batch.engine.fitted import Affine, Bridge, ExitHead, FittedExits
 from eevp_batch.engine.proposals import LowRankProposal, fit_low_rank, likeliest_ids
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
@@ -273,8 +273,9 @@ def _fit_heads(
     judged: Collected,
     settings: FitSettings,
     steps: Steps,
-) -> tuple[dict[int, Affine], dict[str, Any]]:
-    heads, figures = {}, {}
+) -> tuple[dict[int, ExitHead], dict[str, Any]]:
+    heads: dict[int, ExitHead] = {}
+    figures = {}
     for e in settings.exit_layers:
         start = ridge_head(model, seen.heads[e], judged.heads[e])
         tell = steps.of(f"head after layer {e}")
@@ -291,7 +292,7 @@ def ridge_head(model: SegmentedModel, sums: NormalEquations, held_out: NormalEqu
 
 
 def _fit_proposal(
-    model: SegmentedModel, head: Affine, tokens: Taught, rank: int
+    model: SegmentedModel, head: ExitHead, tokens: Taught, rank: int
 ) -> LowRankProposal:
     """The factor of the LM head that errs least on what this head gives it."""
     normed = head_output(model, head, tokens.units).double()
@@ -312,7 +313,7 @@ def _fit_shortlist(
 def proposal_recall(
     model: SegmentedModel,
     proposal: LowRankProposal,
-    head: Affine,
+    head: ExitHead,
     tokens: Taught,
     sizes: Sequence[int] = (64, 256, 1024),
 ) -> dict[str, float]:

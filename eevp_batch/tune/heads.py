@@ -1,8 +1,9 @@
-"""Exit heads: affine maps that make the state after a middle layer decodable.
+"""Exit heads: maps that make the state after a middle layer decodable.
 
 The state that goes into the final norm at an exit is u + A u + b, u the unit state there (a tuned
-lens, arXiv 2303.08112, section 3; zeros are the logit lens). A head starts from the ridge solution
-for the last layer's unit state and is then fitted to the full model's distribution itself.
+lens, arXiv 2303.08112, section 3; zeros are the logit lens), and where it is asked for what an MLP
+makes of u. A head starts from the ridge solution for the last layer's unit state and is then fitted
+to the full model's distribution itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import accumulate, chain
 
 import torch
 
-from eevp_batch.engine.fitted import Affine
+from eevp_batch.engine.fitted import Affine, ExitHead
 from eevp_batch.engine.pruned_vocab import exact_best, top_k
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -92,7 +93,7 @@ def identity_head(width: int, device: torch.device) -> Affine:
     return Affine(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
 
 
-def head_output(model: SegmentedModel, head: Affine, units: torch.Tensor) -> torch.Tensor:
+def head_output(model: SegmentedModel, head: ExitHead, units: torch.Tensor) -> torch.Tensor:
     """What the LM head is given at an exit, [S, E] float32 -> [S, E] of the model's type."""
     return model.normed((units + head(units)).to(model.layers.hidden_dtype))
 
@@ -143,7 +144,7 @@ class Choices:
 
 
 @torch.no_grad()
-def choices(model: SegmentedModel, head: Affine, units: torch.Tensor) -> Choices:
+def choices(model: SegmentedModel, head: ExitHead, units: torch.Tensor) -> Choices:
     """What an exit with this head says of unit states [S, E]."""
     ids, margins = [], []
     for rows in torch.split(units, SCORED_ROWS):

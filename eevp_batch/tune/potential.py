@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eevp_batch.engine.fitted import Affine
+from eevp_batch.engine.fitted import ExitHead
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.tune.search import Costs, ExitChoice, search_exits
 from eevp_batch.tune.states import Row
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 def measure_potential(
     model: SegmentedModel,
     rows: Sequence[Row],
-    lenses: Mapping[str, Mapping[int, Affine]],
+    lenses: Mapping[str, Mapping[int, ExitHead]],
     costs: Costs,
     target: float = 0.99,
     on_rows: OnRows | None = None,

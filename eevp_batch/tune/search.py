@@ -32,7 +32,7 @@ class Costs:
         proposal: the kept ids chosen and scored at the first exit; the head's cost, where it is
             the head that proposes.
         rescoring: the kept ids scored at a later exit.
-        exit_head: the fitted map before the final norm.
+        exit_head: the fitted head before the final norm.
         bridge: keys and values of one skipped layer.
     """
 
@@ -52,6 +52,7 @@ class Costs:
         proposal_rank: int | None = None,
         bridge_rank: int | None = None,
         shortlist: int | None = None,
+        mlp_width: int | None = None,
     ) -> Costs:
         """Multiply-adds of the matrices, attention left out.
 
@@ -61,6 +62,7 @@ class Costs:
             proposal_rank: of a low-rank proposal, if there is one.
             bridge_rank: of the bridges; None: the usual one.
             shortlist: ids of a shortlist, if there is one; the cheapest proposal counts.
+            mlp_width: hidden units of the exit heads' MLPs; None: they are affine.
         """
         width, vocab, kv = model.hidden_size, model.vocab_size, model.kv_values_per_token
         kv //= model.num_layers
@@ -79,7 +81,7 @@ class Costs:
             head=head,
             proposal=proposal,
             rescoring=rescoring,
-            exit_head=float(width * width),
+            exit_head=float(width * (width + 2 * (mlp_width or 0))),
             bridge=rank * (kv + (2 * width + lift_size(width)) / model.num_layers),
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eevp_batch.engine.fitted import Affine, unit_state
+from eevp_batch.engine.fitted import Affine, ExitHead, unit_state
 from eevp_batch.engine.pruned_vocab import exact_best
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segmented_model import SegmentedModel
@@ -60,7 +60,7 @@ def survey(
     model: SegmentedModel,
     rows: Sequence[Row],
     layers: Sequence[int],
-    heads: Mapping[int, Affine] | None = None,
+    heads: Mapping[int, ExitHead] | None = None,
     on_rows: OnRows | None = None,
 ) -> dict[int, LayerView]:
     """What exits would say of the rows' tokens.
@@ -92,7 +92,7 @@ def _deciding(forced: ForcedPass, layers: set[int]) -> dict[int, torch.Tensor]:
 
 
 def _view(
-    model: SegmentedModel, hidden: torch.Tensor, head: Affine | None, best_ids: torch.Tensor
+    model: SegmentedModel, hidden: torch.Tensor, head: ExitHead | None, best_ids: torch.Tensor
 ) -> LayerView:
     """What an exit says of states [S, E], S small enough for a pass."""
     views = []

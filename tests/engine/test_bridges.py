@@ -23,6 +23,7 @@ from eevp_batch.errors import FittedExitsError
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
 from tests.engine.conftest import NEW_TOKENS, greedy, load_model, make_engine, run
+from tests.engine.test_exit_heads import random_head
 from tests.tiny_models import FAMILIES, NUM_LAYERS
 
 LAYERS = [2, 4]
@@ -172,15 +173,19 @@ def test_sharing_a_prefix_changes_nothing(prefill: str, lead: int, tiny_model_pa
 def test_a_bridge_that_looks_back_sees_the_token_before(
     layers: list[int], tiny_model_path: Any
 ) -> None:
-    """Keys of one token are those of the state before it, whatever ran deeper in between."""
+    """Keys of one token are those of the state before it, whatever ran deeper in between.
+
+    The state, not what the exit's head makes of it.
+    """
     path = tiny_model_path("llama")
     model = SegmentedModel(load_model(path), [*layers, NUM_LAYERS])
     width, size = model.hidden_size, 2 * model.num_kv_heads * model.head_size
     weight = torch.zeros(size, 2 * width + 1)
     weight[: min(size, width), width : 2 * width] = torch.eye(width)[: min(size, width)]
     maps = {n: Affine(weight, torch.zeros(size)) for n in range(3, NUM_LAYERS + 1)}
-    plain = fitted_for(load_model(path), {("prompt", 2): Bridge(maps, None, torch.zeros(1, width))})
-    model.use(plain)
+    bridge = Bridge(maps, None, torch.zeros(1, width))
+    heads = {2: random_head(width)}
+    model.use(fitted_for(load_model(path), {("prompt", 2): bridge}, heads=heads))
     pool = model.make_pool(num_pages=4, max_resident=1, max_pages=4)
     short = ShortPrompt(2, tail=1, lead=5)
     row = Generating(Prompt("", list(range(40, 60))), model.num_segments, 1, 0, short_prompt=short)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eevp_batch.engine.fitted import MANIFEST, WEIGHTS, Affine, Bridge, FittedExits, unit_state
 from eevp_batch.engine.proposals import LowRankProposal
 from eevp_batch.errors import FittedExitsError
+from tests.engine.test_exit_heads import random_head
 
 
 def affine(width_out: int, width_in: int) -> Affine:
@@ -56,6 +59,44 @@ def test_without_optional_parts(tmp_path: Path) -> None:
     assert (found.heads, found.bridges, found.proposal) == ({}, {}, None)
 
 
+def test_heads_of_both_kinds_stand_side_by_side(tmp_path: Path) -> None:
+    heads = {1: affine(8, 8), 3: random_head(8, 5)}
+    dataclasses.replace(some_exits(), heads=heads).save(tmp_path / "mlp")
+    some_exits().save(tmp_path / "affine")
+    found, units = FittedExits.load(tmp_path / "mlp").heads, torch.randn(4, 8)
+    for layer, head in heads.items():
+        assert type(found[layer]) is type(head)
+        assert torch.equal(found[layer](units), head(units))
+    formats = [
+        json.loads((tmp_path / n / MANIFEST).read_text())["format"] for n in ("affine", "mlp")
+    ]
+    assert formats == [1, 2], "whoever knows affine heads alone refuses the other folder"
+
+
+def test_a_folder_from_before_there_were_mlps_is_read(tmp_path: Path) -> None:
+    """Byte for byte what was written then: no field that came later."""
+    tensors = {"heads.2.weight": torch.randn(8, 8), "heads.2.bias": torch.randn(8)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    digest = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    shape = {"num_layers": 4, "hidden_size": 8, "exit_layers": [2], "tail": 1, "lead": 0}
+    manifest = {"format": 1, "model_hash": "abc", **shape, "weights_sha256": digest}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    head = FittedExits.load(tmp_path).heads[2]
+    assert isinstance(head, Affine) and torch.equal(head.weight, tensors["heads.2.weight"])
+
+
+def test_half_of_an_mlp_is_refused(tmp_path: Path) -> None:
+    dataclasses.replace(some_exits(), heads={1: random_head(8, 5)}).save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors["heads.1.up.bias"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["weights_sha256"] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(FittedExitsError, match=r"found no tensor .heads\.1\.up\.bias."):
+        FittedExits.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
 def test_missing_file(tmp_path: Path, name: str) -> None:
     some_exits().save(tmp_path)
@@ -73,7 +114,7 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
         FittedExits.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 2}', "{", "3"])
+@pytest.mark.parametrize("content", ["[]", '{"format": 3}', "{", "3"])
 def test_manifest_of_another_kind(tmp_path: Path, content: str) -> None:
     some_exits().save(tmp_path)
     (tmp_path / MANIFEST).write_text(content)

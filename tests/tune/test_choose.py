@@ -41,10 +41,13 @@ def test_counted_costs_are_the_matrices(tiny_llama: Path) -> None:
     of_layer, read_in = 32 * 4, 4 * (2 * 32 + 64) / config.num_layers
     assert costs.bridge == of_layer + read_in, "keys and values: two heads of eight numbers each"
     assert Costs.counted(config, top_k=None).exit_check == costs.head + 32 * 32
+    assert Costs.counted(config, mlp_width=5).exit_head == 32 * 32 + 2 * 5 * 32
 
 
 @pytest.mark.parametrize("top_k", [None, 16])
 def test_every_part_takes_time(tiny_llama: Path, top_k: int | None) -> None:
     model = SegmentedModel(load_model(tiny_llama), [NUM_LAYERS])
-    costs = measured_costs(model, 8, top_k, proposal_rank=8, bridge_rank=4, shortlist=64)
+    costs = measured_costs(
+        model, 8, top_k, proposal_rank=8, bridge_rank=4, shortlist=64, mlp_width=5
+    )
     assert min(astuple(costs)) > 0

@@ -55,6 +55,34 @@ def test_named_layers_are_fitted(tmp_path: Path, tiny_llama: Path) -> None:
     assert valid.exit_code == 0, valid.output
 
 
+def test_heads_are_of_the_kind_that_is_asked_for(tmp_path: Path, tiny_llama: Path) -> None:
+    job, options = job_file(tmp_path, tiny_llama), ["--layers", "3", "--rows", 20, "--json"]
+    for chosen, width in (
+        ([], None),
+        (["--head", "mlp"], 8),
+        (["--head", "mlp", "--head-width", 5], 5),
+    ):
+        result = fit(job, tmp_path / "fitted", *options, *chosen)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["settings"]["heads"]["mlp_width"] == width
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (["--head-width", 5], "--head-width: found --head affine; allowed: --head mlp"),
+        (["--head", "mlp", "--head-width", 0], "0 is not in the range x>=1"),
+        (["--head", "tree"], "'tree' is not one of 'affine', 'mlp'"),
+    ],
+)
+def test_heads_that_cannot_be(
+    tmp_path: Path, tiny_llama: Path, chosen: list[object], said: str
+) -> None:
+    result = fit(job_file(tmp_path, tiny_llama), tmp_path / "fitted", *chosen)
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert "--head" in result.stderr
+
+
 def test_layers_are_searched(tmp_path: Path, tiny_llama: Path) -> None:
     done = without_layers(tiny_llama, after=2, save=tmp_path / "model")
     assert done.num_layers == NUM_LAYERS

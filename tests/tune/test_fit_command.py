@@ -84,12 +84,13 @@ def test_heads_that_cannot_be(
 
 
 def test_layers_are_searched(tmp_path: Path, tiny_llama: Path) -> None:
+    """Whether one before the perfect one pays as well depends on how long things take here."""
     done = without_layers(tiny_llama, after=2, save=tmp_path / "model")
     assert done.num_layers == NUM_LAYERS
     result = fit(job_file(tmp_path, tmp_path / "model"), tmp_path / "fitted", "--json")
     assert result.exit_code == 0, result.output
     manifest = json.loads(result.stdout)
-    assert manifest["exit_layers"][0] >= 2
+    assert set(manifest["exit_layers"]) in ({1}, {2}, {1, 2}), "none lies behind it"
     assert manifest["data"]["search"]["layers"] == manifest["exit_layers"]
 
 

@@ -214,11 +214,22 @@ class FittedExits:
 
 
 def _head_tensors(stem: str, head: ExitHead) -> dict[str, torch.Tensor]:
-    """A head by the names that it has in the file; see `_assembled`."""
+    """A head by the names that it has in the file; `_head` reads it."""
     if isinstance(head, MlpHead):
         up = {f"{stem}.up.weight": head.up.weight, f"{stem}.up.bias": head.up.bias}
         return _head_tensors(stem, head.affine) | up | {f"{stem}.down": head.down}
     return {f"{stem}.weight": head.weight, f"{stem}.bias": head.bias}
+
+
+def _head(tensors: dict[str, torch.Tensor], stem: str) -> ExitHead:
+    affine = _affine(tensors, stem)
+    if f"{stem}.down" not in tensors:
+        return affine
+    return MlpHead(affine, _affine(tensors, f"{stem}.up"), tensors[f"{stem}.down"])
+
+
+def _affine(tensors: dict[str, torch.Tensor], stem: str) -> Affine:
+    return Affine(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"])
 
 
 _OWN_FIELDS = (
@@ -236,26 +247,15 @@ _OWN_FIELDS = (
 
 def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FittedExits:
     """The exits from their files' contents."""
-
-    def affine(stem: str) -> Affine:
-        return Affine(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"])
-
-    def head(stem: str) -> ExitHead:
-        if f"{stem}.down" not in tensors:
-            return affine(stem)
-        return MlpHead(affine(stem), affine(f"{stem}.up"), tensors[f"{stem}.down"])
-
     exit_layers, num_layers = tuple(manifest["exit_layers"]), int(manifest["num_layers"])
-    heads = {e: head(f"heads.{e}") for e in exit_layers if f"heads.{e}.weight" in tensors}
+    heads = {e: _head(tensors, f"heads.{e}") for e in exit_layers if f"heads.{e}.weight" in tensors}
     kinds: tuple[Kind, ...] = ("generated", "prompt")
     bridges: dict[tuple[Kind, int], Bridge] = {}
     for kind in kinds:
         for e in exit_layers:
             stem = f"bridges.{kind}.{e}"
             if f"{stem}.{num_layers}.weight" in tensors:
-                layers = {
-                    layer: affine(f"{stem}.{layer}") for layer in range(e + 1, num_layers + 1)
-                }
+                layers = {n: _affine(tensors, f"{stem}.{n}") for n in range(e + 1, num_layers + 1)}
                 down, lift = tensors.get(f"{stem}.down"), tensors.get(f"{stem}.lift")
                 bridges[kind, e] = Bridge(layers, down, lift)
     proposal = None

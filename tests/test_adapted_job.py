@@ -44,12 +44,14 @@ def adapted_job(folder: Path, model: Path, **exit: Any) -> Path:
     return job_file(folder, model, **{"heads": "fitted", "vocab": {"top_k": 32}, **exit})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_job_with_a_fitted_adapter_runs(tmp_path: Path, tiny_llama: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "head"), [("float32", "affine"), ("bfloat16", "mlp")])
+def test_a_job_with_a_fitted_adapter_runs(
+    tmp_path: Path, tiny_llama: Path, dtype: str, head: str
+) -> None:
     job = job_file(tmp_path, tiny_llama, heads="fitted", kv="bridge", prefill="bridge")
     text = job.read_text()
     job.write_text(text.replace("dtype: float32", f"dtype: {dtype}"))
-    options = ["--layers", 2, "--proposal-rank", 16, "--rows", 20]
+    options = ["--layers", 2, "--proposal-rank", 16, "--rows", 20, "--head", head]
     trained = ["--adapter-rank", 2, "--adapter-steps", 6]
     result = invoke("fit", job, tmp_path / "fitted", *options, *trained)
     assert result.exit_code == 0, result.output

@@ -69,7 +69,8 @@ class Setting:
         if self.mode != "plain":
             sections["exit"] = {"mode": "learn", "learn_rows": 10}
         if self.mode == "audited":
-            sections["audit"] = {"full_depth_fraction": 1.0, "delta": 0.01, "stop_exits": True}
+            # So little is allowed that a row or two are enough to stop them.
+            sections["audit"] = {"full_depth_fraction": 1.0, "delta": 1e-4, "stop_exits": True}
         return JobSpec.model_validate(
             {
                 "name": "history",

@@ -87,6 +87,8 @@ def _check_of(hint: Any) -> _Check:
         return _plain(lambda value: type(value) in (int, float), "a number")
     if hint is int:
         return _plain(_is_integer, "an integer of at most 64 bits")
+    if hint is str:
+        return _text
     kind = origin or hint
     is_one = _plain(lambda value: isinstance(value, kind), _word(kind))
     items = _items(kind, args)
@@ -96,6 +98,15 @@ def _check_of(hint: Any) -> _Check:
         items(value)
 
     return check if args else is_one
+
+
+def _text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise _Refused(value, _word(str))
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character, which no file or column can hold
+        raise _Refused(value, "text that UTF-8 can hold") from None
 
 
 def _is_integer(value: Any) -> bool:

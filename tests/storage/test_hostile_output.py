@@ -66,6 +66,7 @@ def test_learned_files_are_named_without_a_path(tmp_path: Path, name: str) -> No
         (["fields", "exit.layers"], [], "fields: exit.layers: found none"),
         (["fields", "input.prompt_column"], ["a"], "fields: input.prompt_column: found"),
         (["files", 0, 1], None, "files[0].num_rows: found None"),
+        (["files", 0, 0], "\ud800", r"files[0].path: found '\ud800'; allowed: text that UTF-8 can"),
         (["chunks", 0, 1], 7, "chunk 0"),
         (["chunks", 0, 0], 7, "chunk 0"),
         (["chunks", 0, 2], -1, "chunk 0"),

@@ -315,6 +315,6 @@ def _data_bytes(path: Path, header: bytes) -> int:
     try:
         tensors = json.loads(header)
         ends = [int(t["data_offsets"][1]) for name, t in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise ModelError(f"{path}: found a broken header; allowed: a safetensors file") from None
     return max(ends, default=0)

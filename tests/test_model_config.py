@@ -34,6 +34,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
+ENDLESS = b'{"w":{"data_offsets":[0,1e9999]}}'
+
+
 def safetensors(data: bytes) -> bytes:
     """One tensor of bytes in the safetensors format."""
     header = json.dumps(
@@ -129,6 +132,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (_write("model.safetensors", safetensors(bytes(99))[:-1]), "as its header says"),
     "too long": (_write("model.safetensors", safetensors(bytes(99)) + b"x"), "as its header says"),
     "no header": (_write("model.safetensors", b"PK"), "found no safetensors header"),
+    "an endless tensor": (
+        _write("model.safetensors", (33).to_bytes(8, "little") + ENDLESS),
+        "found a broken header",
+    ),
     "a broken header": (
         _write("model.safetensors", (2).to_bytes(8, "little") + b"{,"),
         "found a broken header",

@@ -92,12 +92,9 @@ class Learning:
         spec: the job.
         plan: its chunks.
         store: its output folder; what a crash left there has been cleaned up.
-        before: attempts that earlier runs committed.
     """
 
-    def __init__(
-        self, spec: JobSpec, plan: Plan, store: Store, before: Iterator[Attempt] | None = None
-    ) -> None:
+    def __init__(self, spec: JobSpec, plan: Plan, store: Store) -> None:
         self._spec, self._plan, self._store = spec, plan, store
         self.phase: Phase = "full" if spec.exit.mode == "off" else "exits"
         self._state: State = "settled"
@@ -106,9 +103,9 @@ class Learning:
         self._span = _Span()
         self._attempts = 0
         if spec.exit.mode == "learn":
-            self._begin(before or iter(()))
+            self._begin()
 
-    def _begin(self, before: Iterator[Attempt]) -> None:
+    def _begin(self) -> None:
         """Find out from storage where the job stands."""
         learned = read_learned(self._store)
         if learned is not None:
@@ -118,12 +115,15 @@ class Learning:
         self._chunks = learning_chunks(self._spec, self._plan)
         self._missing = set(self._chunks)
         self._state = "collecting"
-        for attempt in before:
-            self.committed(attempt)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether it counts the attempts that are committed, by earlier runs as well."""
+        return self._state == "collecting"
 
     def too_small(self) -> Learned | None:
         """Settle a job that has too few rows to learn from; None where it has enough."""
-        if self._state != "collecting" or self._chunks:
+        if not self.is_collecting or self._chunks:
             return None
         needed = rows_to_learn(self._spec)
         reason = (
@@ -142,7 +142,7 @@ class Learning:
     @property
     def is_due(self) -> bool:
         """Whether a replica should learn now."""
-        return self._state == "collecting" and bool(self._chunks) and not self._missing
+        return self.is_collecting and bool(self._chunks) and not self._missing
 
     def committed(self, attempt: Attempt) -> None:
         """Count an attempt in that was committed."""

@@ -34,9 +34,10 @@ class Phases:
         before: Callable[[], Iterator[Attempt]] = lambda: iter(()),
     ) -> None:
         self._audit = AuditWatch(spec, store, certified_delta(spec))
-        self._learning = Learning(spec, plan, store, before())
-        past = before() if self._audit.is_watching else iter(())
-        self._found_before = [news for attempt in past for news in self._audited(attempt)]
+        self._learning = Learning(spec, plan, store)
+        wants_past = self._learning.is_collecting or self._audit.is_watching
+        past = before() if wants_past else iter(())
+        self._found_before = [news for attempt in past for news in self.committed(attempt)]
 
     @property
     def phase(self) -> Phase:
@@ -55,11 +56,8 @@ class Phases:
         yield from self._found_before
 
     def committed(self, attempt: Attempt) -> Iterator[News]:
-        """Take an attempt in that was committed just now."""
+        """Take a committed attempt in."""
         self._learning.committed(attempt)
-        yield from self._audited(attempt)
-
-    def _audited(self, attempt: Attempt) -> Iterator[News]:
         drift = self._audit.look(attempt.stats.audit)
         if drift is not None:
             yield News("audit_drift", drift.text, drift.to_json())

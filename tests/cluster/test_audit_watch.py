@@ -113,6 +113,13 @@ def test_a_job_that_is_not_watched_reads_nothing_again(
     assert job.commit(phases, *[BAD] * 9) == [] and phases.phase == "exits"
 
 
+def test_a_run_that_learns_and_is_watched_reads_what_was_committed_once(job: Job) -> None:
+    learns = ExitSpec.model_validate({"mode": "learn"})
+    job.spec = job.spec.model_copy(update={"exit": learns})
+    phases = job.phases(*[GOOD] * 9)
+    assert job.num_read == 9 and phases.phase == "full"
+
+
 def test_a_warning_without_a_stop_leaves_exits_on_and_tells_so(tmp_path: Path) -> None:
     job = Job(tmp_path, stop_exits=False)
     phases = job.phases()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,12 @@ class Job:
         found = attempt_chunk(self.store, self.plan, self.spec, self.plan.chunks[chunk_id])
         return Attempt.from_json(found.to_json() | {"phase": phase})
 
-    def learning(self, before: Iterator[Attempt] | None = None) -> Learning:
+    def learning(self, before: Iterable[Attempt] = ()) -> Learning:
         clean_learned(self.store)
-        return Learning(self.spec, self.plan, self.store, before)
+        learning = Learning(self.spec, self.plan, self.store)
+        for attempt in before:
+            learning.committed(attempt)
+        return learning
 
     def learned(self, reason: str | None = None) -> LearnAttempt:
         files = {} if reason else FILES

@@ -70,12 +70,12 @@ class AuditWatch:
 
     def __init__(self, spec: JobSpec, store: Store, certified: float | None = None) -> None:
         self._store, self._stops_exits = store, spec.audit.stop_exits
-        self.bound = certified if spec.audit.delta is None else spec.audit.delta
+        bound = certified if spec.audit.delta is None else spec.audit.delta
         self.is_stopped = self._stops_exits and store.exists(layout.EXITS_STOPPED)
         is_watching = spec.audit.full_depth_fraction > 0 and not self.is_stopped
         self._detector: DriftDetector | None = None
-        if is_watching and self.bound is not None:
-            self._detector = DriftDetector(self.bound)
+        if is_watching and bound is not None:
+            self._detector = DriftDetector(bound)
 
     @property
     def is_watching(self) -> bool:
@@ -89,7 +89,7 @@ class AuditWatch:
             audited: the audited rows of a committed attempt.
         """
         detector = self._detector
-        if detector is None or self.bound is None:
+        if detector is None:
             return None
         detector.add(audited)
         figures = audit_figures(detector.since) if detector.has_noticed else None
@@ -100,7 +100,7 @@ class AuditWatch:
             rows_before=detector.rows - figures.rows,
             disagreement=figures.disagreement,
             interval=figures.disagreement_interval,
-            bound=self.bound,
+            bound=detector.bound,
             stops_exits=self._stops_exits,
         )
         if self._stops_exits:

@@ -36,10 +36,14 @@ class DriftDetector:
 
     Args:
         bound: disagreement that is allowed, in (0, 1).
+
+    Attributes:
+        rows: audited, so far.
+        since: what is counted of those since the change, if there was one.
     """
 
     def __init__(self, bound: float) -> None:
-        self._bound = bound
+        self.bound = bound
         self._num_looks = 0
         self._capital = np.full(len(BETS), -math.inf)  # [bets] logs: of all beginnings so far
         self._cusum = np.zeros(len(BETS))  # [bets] logs: of the one at `since`
@@ -56,7 +60,7 @@ class DriftDetector:
             return
         self._num_looks += 1
         self.rows += counts.rows
-        returns = log_returns(counts, self._bound)
+        returns = log_returns(counts, self.bound)
         begins_with = math.log(_share(self._num_looks) / len(BETS))
         self._capital = np.logaddexp(self._capital, begins_with) + returns
         if np.logaddexp.reduce(self._cusum) <= math.log(len(BETS)):

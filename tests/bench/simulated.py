@@ -23,10 +23,12 @@ import pyarrow as pa
 from eevp_batch.cluster.backlog import ChunkTask
 from eevp_batch.cluster.engine_loop import LoopProgress
 from eevp_batch.cluster.fleet import MOST_POLLED, Call, Outcome, Resources, Slot
+from eevp_batch.cluster.learning import LearnAttempt, LearnOrder
 from eevp_batch.cluster.leases import Lease
 from eevp_batch.cluster.replica import ReplicaReady
 from eevp_batch.records import ChunkStats
 from eevp_batch.storage.attempts import Attempt
+from eevp_batch.storage.learned import Learned
 from eevp_batch.storage.object_store import ObjectStore
 from eevp_batch.storage.plan import Plan
 
@@ -223,6 +225,11 @@ class SimulatedFleet:
         self._free_s[slot.index] = max(begin_s, free_s) + work_s
         self._expect(self._free_s[slot.index] - self._clock.now_s, slot, "process", lease)
 
+    def learn(self, slot: Slot, order: LearnOrder) -> None:
+        """It takes as long as a chunk, and no exits are found."""
+        slot.is_learning = True
+        self._expect(self._behaviour.chunk_s, slot, "learn")
+
     def call_off(self, slot: Slot, lease: Lease) -> None:
         """The chunk is done to its end all the same, and its attempt then comes too late."""
 
@@ -304,6 +311,8 @@ class SimulatedFleet:
         if call == "progress":
             self._polled.discard(slot.index)
             return Outcome(slot, call, value=self._progress(slot))
+        if call == "learn":
+            return Outcome(slot, call, value=LearnAttempt("simulated", Learned("no exits here")))
         assert lease is not None
         self.late_s.append(now_s - at_s)
         return Outcome(slot, call, lease, value=self._attempt(slot, lease))
@@ -328,6 +337,7 @@ class SimulatedFleet:
             chunk_id=chunk.chunk_id,
             epoch=lease.epoch,
             attempt_no=lease.attempt_no,
+            phase=lease.phase,
             replica=lease.replica,
             data_path=path,
             data_sha256="0" * 64,

@@ -258,15 +258,16 @@ def _is_submitted(spec: str, overrides: Sequence[str]) -> bool:
 
 
 def start() -> None:
-    """The program: `main`, and after a job on Ray the shortest way out.
+    """The program: `main`, and then the shortest way out.
 
-    Ray's native threads outlive its shutdown. Now and then one of them crashes while the
-    interpreter is taken apart, and the exit code would be a signal's although all rows are done.
+    Native threads outlive their use: Ray's its shutdown, those of Arrow's pool a read of Parquet
+    (apache/arrow#34314). Now and then one of them aborts the process while the interpreter is taken
+    apart, and the exit code would be a signal's although the command did all it had to.
     """
     try:
         main()
     except SystemExit as end:
-        if "ray" not in sys.modules or not isinstance(end.code, int):
+        if not isinstance(end.code, int):
             raise
         with contextlib.suppress(OSError):  # whoever read our output has gone
             sys.stdout.flush()

@@ -237,6 +237,26 @@ def test_plan_estimates_from_some_rows(job: Path) -> None:
 
 # --- status, verify, report ----------------------------------------------------------------------
 
+ABORTS_LATER = """
+import atexit, os
+atexit.register(os.abort)  # as a thread of Arrow's pool does now and then
+from eevp_batch.cli import start
+start()
+"""
+
+
+@pytest.mark.parametrize(("is_whole", "code"), [(True, 0), (False, 6)])
+def test_what_threads_do_after_a_command_does_not_change_its_exit_code(
+    out: Path, is_whole: bool, code: int
+) -> None:
+    if not is_whole:
+        next((out / "data").iterdir()).unlink()
+    command = [sys.executable, "-c", ABORTS_LATER, "verify", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["rows_in"] == 20
+    assert ("part-0000" in done.stderr) is not is_whole, "what was said has been written out"
+
 
 def test_reading_commands_read_a_finished_job(out: Path) -> None:
     before = files(out)

@@ -101,7 +101,9 @@ def cancel(run: str, drains: bool, address: str | None) -> None:
     is_there = server is not None and job is not None and not job.has_ended
     if server is not None and job is not None and is_there and not (drains and job.has_started):
         server.stop(job.submission_id)
-        click.echo(f"{found.run_id}: stops, on {server.url}", err=True)
+        pending = "has not begun; ends when a node takes it, pending until then (15 minutes at most)"
+        when = "stops" if job.has_started else pending
+        click.echo(f"{found.run_id}: {when}, on {server.url}", err=True)
         return
     if found.store is None:
         raise UsageError(

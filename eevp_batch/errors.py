@@ -35,9 +35,14 @@ from typing import Any
 
 
 def first_line(error: BaseException) -> str:
-    """What happened, for a message of one line; the lines after it are for a debugger."""
+    """What happened, for a message of one line; the lines after it are for a debugger.
+
+    Where the first line only announces a traceback, what happened is the last one.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(dict.fromkeys((lines[0], lines[-1]) if lines[0].endswith(":") else lines[:1]))
 
 
 class EevpError(Exception):

@@ -28,6 +28,7 @@ class Nodes:
 
     Args:
         folder: for what commands remember of their runs.
+        python: the nodes' interpreter; None: this one.
 
     Attributes:
         url: of the job server.
@@ -35,7 +36,8 @@ class Nodes:
         special: id of the node that has the resource `special`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path | None = None) -> None:
+        python = python or Path(sys.executable)
         self.environment = {
             **{k: v for k, v in os.environ.items() if k in KEPT or not k.startswith("RAY_")},
             "RAY_AUTH_MODE": "token",
@@ -43,11 +45,11 @@ class Nodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "XDG_STATE_HOME": str(folder / "state"),
             # The entry point is what `python` means on a node; the package comes with the job.
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{python.parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.three_nodes"],
+            [str(python), "-m", "tests.cluster.three_nodes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -273,7 +273,3 @@ def start() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(end.code)
-
-
-if __name__ == "__main__":
-    start()

@@ -101,7 +101,7 @@ def cancel(run: str, drains: bool, address: str | None) -> None:
     is_there = server is not None and job is not None and not job.has_ended
     if server is not None and job is not None and is_there and not (drains and job.has_started):
         server.stop(job.submission_id)
-        pending = "has not begun; ends when a node takes it, pending until then (15 minutes at most)"
+        pending = "has not begun; ends when a node takes it, pending until then (15 min at most)"
         when = "stops" if job.has_started else pending
         click.echo(f"{found.run_id}: {when}, on {server.url}", err=True)
         return

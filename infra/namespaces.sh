@@ -115,7 +115,7 @@ enter() {
     exec "$@"' enter "$WORK/$node/ray" "$hidden" "$MODEL" "$SHARED" "$@"
 }
 on_laptop() { (cd "$LAPTOP" && enter laptop env PYTHONPATH="$ROOT" XDG_STATE_HOME="$LAPTOP" "$@"); }
-eevp() { on_laptop "$PYTHON" -m eevp_batch.cli "$@"; }
+eevp() { on_laptop "$PYTHON" -m eevp_batch "$@"; }
 facts() { PYTHONPATH="$ROOT" "$PYTHON" "$ROOT/infra/namespaces_facts.py" "$@"; }
 
 say "namespaces $NAME-{head,worker1,worker2,laptop} on a bridge without uplink"
@@ -178,7 +178,7 @@ expect() {
 }
 say "without the token: refused"
 expect 5 on_laptop env -u RAY_AUTH_TOKEN RAY_AUTH_MODE=disabled \
-  "$PYTHON" -m eevp_batch.cli submit job.yaml
+  "$PYTHON" -m eevp_batch submit job.yaml
 say "with an output folder on the laptop: refused, with its place in the job file"
 expect 2 eevp submit job.yaml --set output.path=out
 say "with an output folder that each node has for itself: refused by the cluster"
@@ -200,6 +200,6 @@ eevp list --address "http://$NET.1:$PORT"
 eevp status "$RUN"
 
 say "eevp-batch verify"
-expect 0 env PYTHONPATH="$ROOT" "$PYTHON" -m eevp_batch.cli verify "$OUT"
+expect 0 env PYTHONPATH="$ROOT" "$PYTHON" -m eevp_batch verify "$OUT"
 say "figures"
 facts report "$OUT" "$CUT_UNIX_S" ${RESULT:+"$RESULT" "$COMMAND"}

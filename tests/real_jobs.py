@@ -37,7 +37,7 @@ def run_in_process(path: Path, overrides: Sequence[str] = ()) -> JobResult:
 def command(*arguments: object) -> subprocess.Popen[str]:
     """`eevp-batch` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "eevp_batch.cli", *map(str, arguments)],
+        [sys.executable, "-m", "eevp_batch", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

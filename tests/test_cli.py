@@ -332,7 +332,7 @@ def test_there_has_to_be_something_to_retry(job: Path, target: str) -> None:
 @pytest.fixture
 def submitted(job: Path) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
     """A job that `eevp-batch submit` ran in a process of its own."""
-    command = [sys.executable, "-m", "eevp_batch.cli", "submit", str(job)]
+    command = [sys.executable, "-m", "eevp_batch", "submit", str(job)]
     yield job, subprocess.run(command, capture_output=True, text=True, timeout=110)
 
 
@@ -367,7 +367,7 @@ def test_a_job_from_submit_to_report(
 @pytest.mark.slow
 def test_too_many_errors_end_with_3(job: Path) -> None:
     options = ["--set", "run.max_error_rate=0.05"]
-    command = [sys.executable, "-m", "eevp_batch.cli", "run", str(job), *options]
+    command = [sys.executable, "-m", "eevp_batch", "run", str(job), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 3, done.stderr
     assert "in error" in done.stdout, "what was done is summed up"

@@ -28,7 +28,7 @@ STOP_WAIT_S = 30
 """How long Ray waits between SIGTERM and SIGKILL when a job is stopped."""
 _STOP_WITHIN_S = 25  # by itself, so that what it leaves is in order
 
-_PROGRAM = ("python", "-m", "eevp_batch.cli")
+_PROGRAM = ("python", "-m", "eevp_batch")
 
 
 @contextlib.contextmanager

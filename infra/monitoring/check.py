@@ -84,7 +84,7 @@ def running_job(folder: Path, job: Path, overrides: Sequence[str]) -> Iterator[R
     Raises:
         CheckError: it ended before it told where its dashboard is.
     """
-    command = [sys.executable, "-m", "eevp_batch.cli", "submit", str(job), *overrides]
+    command = [sys.executable, "-m", "eevp_batch", "submit", str(job), *overrides]
     command += ["--set", f"output.path={folder / 'out'}"]
     variables = {"RAY_metrics_report_interval_ms": str(1000 * SCRAPE_S), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

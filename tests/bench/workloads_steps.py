@@ -159,7 +159,7 @@ def command(*arguments: str) -> tuple[int, str, float]:
     started = time.perf_counter()
     print("eevp-batch", *arguments, flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "eevp_batch.cli", *arguments],
+        [sys.executable, "-m", "eevp_batch", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

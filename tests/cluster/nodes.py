@@ -73,7 +73,7 @@ class Nodes:
     def cli(self, *arguments: object, **environment: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
         found = subprocess.run(
-            [sys.executable, "-m", "eevp_batch.cli", *map(str, arguments)],
+            [sys.executable, "-m", "eevp_batch", *map(str, arguments)],
             capture_output=True,
             text=True,
             env={**self.environment, **environment},

@@ -20,7 +20,7 @@ def test_a_cluster_that_is_not_there_or_no_cluster_is_said_at_once(
         listener.bind(("127.0.0.1", 0))
         free = listener.getsockname()[1]
     job = write_job(tmp_path, "nowhere", tiny_llama, f"http://127.0.0.1:{free}", 1)
-    command = [sys.executable, "-m", "eevp_batch.cli", "submit", str(job)]
+    command = [sys.executable, "-m", "eevp_batch", "submit", str(job)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert found.returncode == 5, found.stderr
     assert (

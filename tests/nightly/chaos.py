@@ -141,7 +141,7 @@ class Chaos:
         while True:
             said = self._job.parent / f"driver-{len(self.done.drivers)}.txt"
             with said.open("w") as stderr:
-                command = [sys.executable, "-m", "eevp_batch.cli", "run", str(self._job)]
+                command = [sys.executable, "-m", "eevp_batch", "run", str(self._job)]
                 driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
                 try:
                     was_killed = self._accompany(driver)
@@ -274,7 +274,7 @@ def check(out: Path, undisturbed: Path, num_rows: int, done: Done) -> dict[str, 
     assert {path.stem[5:] for path in (out / "data").iterdir()} == set(committed_parts(out)), (
         "a file lies under data/ that no commit record vouches for"
     )
-    command = [sys.executable, "-m", "eevp_batch.cli", "verify", str(out)]
+    command = [sys.executable, "-m", "eevp_batch", "verify", str(out)]
     verified = subprocess.run(command, capture_output=True, text=True, check=False)
     assert verified.returncode == 0, verified.stderr
     return found

@@ -148,8 +148,14 @@ class Meter:
             self._window = deque([(now_s, self.tokens)])
 
     def settle(self, totals: ChunkStats) -> None:
-        """Once all is committed, the totals are exact where the live counters lag behind."""
+        """Once all is committed, the totals are exact.
+
+        Live counters lag behind, and have what died with its replica; a rate is not changed by it.
+        """
+        before = self.tokens
         self._histogram = Counter(totals.exit_histogram)
+        more = self.tokens - before
+        self._window = deque((then_s, tokens + more) for then_s, tokens in self._window)
 
     def working_s(self, now_s: float) -> float:
         """Seconds since the first replica was ready."""

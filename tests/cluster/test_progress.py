@@ -51,6 +51,18 @@ def test_the_window_forgets_what_is_long_ago() -> None:
     assert len(vars(meter)["_window"]) < 30, "the window grows with the job"
 
 
+def test_the_last_rate_does_not_change_when_what_died_with_its_replica_is_taken_off() -> None:
+    meter = Meter(ChunkStats(), 0.0, 150, 0)
+    meter.replica_is_ready(0.0)
+    meter.update(0, "eevp-replica-0", seen(l2=2_000))
+    meter.tokens_per_s(2.0)
+    meter.update(0, "eevp-replica-0.2", seen(l2=100))
+    assert meter.tokens_per_s(3.0) == pytest.approx(700.0)
+    meter.settle(ChunkStats(exit_histogram=Counter({2: 150})))
+    assert meter.tokens == 150
+    assert meter.tokens_per_s(4.0) == pytest.approx(2_100 / 4)
+
+
 @pytest.mark.parametrize(
     ("settings", "nodes", "cpus", "gpus"),
     [

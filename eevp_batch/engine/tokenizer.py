@@ -16,10 +16,14 @@ def load_tokenizer(model: ModelConfig, spec: ModelSpec) -> Any:
         ModelError: the folder has no tokenizer that transformers can load.
     """
     from transformers import AutoTokenizer
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             model.path, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{model.path}: no usable tokenizer: {error}") from error
+    # How long a prompt may be is the job's to say; transformers would warn of indexing errors.
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    return tokenizer

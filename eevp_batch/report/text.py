@@ -212,8 +212,10 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two largest units of a time."""
+    """Two largest units of a time; tenths of less than ten seconds."""
     whole = round(seconds)
+    if whole < 10:
+        return f"{round(seconds, 1):g} s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from eevp_batch.engine.prompts import PromptEncoder
+from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import (
     EmptyPromptError,
     PromptRenderError,
@@ -19,15 +20,17 @@ from eevp_batch.errors import (
     UnreadableTextError,
     UsageError,
 )
+from eevp_batch.model_config import read_model_config
 from eevp_batch.records import MAX_MESSAGE_CHARS, RowFailure
-from eevp_batch.spec import InputSpec, PromptSpec
+from eevp_batch.spec import InputSpec, ModelSpec, PromptSpec
 
 MakeEncoder = Callable[..., PromptEncoder]
 
 
 @pytest.fixture
 def tokenizer(tiny_llama: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama)
+    spec = ModelSpec(path=str(tiny_llama))
+    return load_tokenizer(read_model_config(spec), spec)
 
 
 @pytest.fixture
@@ -87,6 +90,19 @@ def test_a_long_prompt_is_an_error_or_loses_its_beginning(encoder: MakeEncoder) 
     with pytest.raises(RowSkippedError, match="allowed: at most 9"):
         encoder(chat=False, max_prompt_tokens=9, on_overlong="skip").encode(row)
     assert encoder(room=50, max_prompt_tokens=80).max_tokens == 50, "the context has the last word"
+
+
+def test_transformers_does_not_warn_of_a_prompt_that_the_job_refuses(
+    encoder: MakeEncoder, tokenizer: Any, tiny_llama: Path
+) -> None:
+    key = "sequence-length-is-longer-than-the-specified-maximum"
+    for content in ("the dog " * 300, "<s> the dog " * 300):
+        with pytest.raises(PromptTooLongError):
+            encoder().encode({"prompt": content})
+    assert key not in tokenizer.deprecation_warnings
+    theirs = AutoTokenizer.from_pretrained(tiny_llama)
+    theirs("the dog " * 300)
+    assert key in theirs.deprecation_warnings, "this no longer tells whether it warned"
 
 
 @pytest.mark.parametrize(

@@ -338,8 +338,10 @@ class Coordinator:
 
     def _tell_draining(self) -> None:
         self._has_told_draining = True
-        self._diary.write("job_draining", chunks_in_flight=self._leases.num_leased)
-        self._diary.say(
-            f"stopping: {self._leases.num_leased} chunks under way are finished first; interrupt "
-            "again to stop at once, which loses those chunks and nothing else"
-        )
+        num_leased = self._leases.num_leased
+        self._diary.write("job_draining", chunks_in_flight=num_leased)
+        if num_leased:
+            self._diary.say(
+                f"stopping: {num_leased} chunks under way are finished first; a further interrupt "
+                "stops at once, which loses those chunks and nothing else"
+            )

@@ -150,12 +150,13 @@ class Meter:
     def settle(self, totals: ChunkStats) -> None:
         """Once all is committed, the totals are exact.
 
-        Live counters lag behind, and have what died with its replica; a rate is not changed by it.
+        Live counters lag behind, which makes up for it; they also have what died with its replica,
+        which was made all the same and stays in the rate.
         """
         before = self.tokens
         self._histogram = Counter(totals.exit_histogram)
-        more = self.tokens - before
-        self._window = deque((then_s, tokens + more) for then_s, tokens in self._window)
+        lost = max(0, before - self.tokens)
+        self._window = deque((then_s, tokens - lost) for then_s, tokens in self._window)
 
     def working_s(self, now_s: float) -> float:
         """Seconds since the first replica was ready."""

@@ -63,6 +63,14 @@ def test_the_last_rate_does_not_change_when_what_died_with_its_replica_is_taken_
     assert meter.tokens_per_s(4.0) == pytest.approx(2_100 / 4)
 
 
+def test_what_the_live_counters_had_not_heard_of_is_in_the_last_rate() -> None:
+    meter = Meter(ChunkStats(), 0.0, 150, 0)
+    meter.replica_is_ready(0.0)
+    assert meter.tokens_per_s(2.0) == 0.0
+    meter.settle(ChunkStats(exit_histogram=Counter({2: 40})))
+    assert meter.tokens_per_s(4.0) == pytest.approx(10.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "nodes", "cpus", "gpus"),
     [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eevp_batch.console import address_option, echo_json, json_option, width
-from eevp_batch.errors import UsageError
+from eevp_batch.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
     from eevp_batch.cluster.job_server import JobServer
@@ -65,9 +65,14 @@ def list_runs(address: str | None, limit: int, as_json: bool) -> None:
     from eevp_batch.cluster.runs import known_jobs
     from eevp_batch.history import recall
 
+    if address and not is_submitted(address):
+        allowed = "auto, ray://HOST:PORT or http(s)://HOST:PORT, where jobs are submitted"
+        raise UsageError(f"--address: found {address}; allowed: {allowed}")
     remembered = [] if address else list(reversed(recall()))[:limit]
     named = [address or default_address(), *(entry.address for entry in remembered)]
     jobs, lost = known_jobs([found for found in named if found and is_submitted(found)])
+    if address and lost:
+        raise ClusterError(lost[0])
     for reason in lost:
         click.echo(f"eevp-batch: {reason}", err=True)
     rows: dict[str, dict[str, Any]] = {}
@@ -225,14 +230,17 @@ def _events(found: Run, replica: int | None, follows: bool) -> Iterator[str]:
 
     if found.store is None:
         raise UsageError(f"{found.out}: found no output that can be read from here")
-    told = 0
+    told, is_known = 0, replica is None
     while True:
         has_ended = not follows or read_status(found.store).state != "running"
         for event in islice(read_events(found.store), told, None):
             told += 1
             if replica is None or is_about(event, replica):
+                is_known = True
                 yield event_line(event)
         if has_ended:
+            if not is_known:
+                raise UsageError(f"--replica: found {replica}, which no event of the job names")
             return
         time.sleep(_FOLLOW_S)
 

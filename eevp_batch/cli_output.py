@@ -71,8 +71,8 @@ def verify(out: str, as_json: bool) -> None:
         names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
         echo_json({name: getattr(report, name) for name in names})
     if report.problems:
-        failed = VerifyFailedError(out, report.problems)
-        if report.damaged:
+        failed = VerifyFailedError(out, report.problems, bool(report.damaged))
+        if failed.is_damage:
             failed.add_note(REPAIR_HINT)
         raise failed
     if not as_json:
@@ -123,7 +123,8 @@ def sum_up(out: str, to: str | None = None, is_needed: bool = False) -> None:
     try:
         paths = write_report(store, figures, to)
     except OSError as error:
-        error.add_note("the report could not be written; --out FILE writes it elsewhere")
+        elsewhere = "; --out FILE writes it elsewhere" if to is None else ""
+        error.add_note(f"the report could not be written{elsewhere}")
         if is_needed:
             raise
         click.echo(f"eevp-batch: {error}: {error.__notes__[0]}", err=True)

@@ -109,7 +109,8 @@ def run_and_sum_up(
         sum_up(job.store.text)
         raise
     except VerifyFailedError as error:
-        error.add_note(REPAIR_HINT)
+        if error.is_damage:
+            error.add_note(REPAIR_HINT)
         raise
     sum_up(job.store.text)
 

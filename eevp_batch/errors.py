@@ -143,12 +143,13 @@ class VerifyFailedError(EevpError):
 
     Attributes:
         problems: one sentence each, naming the file.
+        is_damage: whether chunks are damaged, which a repair does again.
     """
 
     exit_code = 6
 
-    def __init__(self, out: str, problems: list[str]) -> None:
-        self.out, self.problems = out, problems
+    def __init__(self, out: str, problems: list[str], is_damage: bool = False) -> None:
+        self.out, self.problems, self.is_damage = out, problems, is_damage
         super().__init__(f"{out}: {len(problems)} problem(s)\n" + "\n".join(problems))
 
 

@@ -279,7 +279,8 @@ def test_a_report_goes_elsewhere_where_it_is_told_to(out: Path, tmp_path: Path) 
     result = invoke("report", out, "--json")
     assert json.loads(result.stdout)["sampled"]["rows"] > 0
     assert invoke("report", out, "--json", "--out", tmp_path / "page.html").exit_code == 2
-    assert invoke("report", out, "--out", tmp_path / "none" / "page.html").exit_code == 1
+    result = invoke("report", out, "--out", tmp_path / "none" / "page.html")
+    assert result.exit_code == 1 and "--out FILE" not in result.stderr, result.stderr
     assert files(out) == before
 
 
@@ -309,6 +310,17 @@ def test_verify_ends_with_6_and_names_the_missing_part(out: Path) -> None:
     result = invoke("verify", out, "--json")
     assert result.exit_code == 6
     assert any(part.name in problem for problem in json.loads(result.stdout)["problems"])
+
+
+def test_what_is_not_there_to_be_listed_is_said(out: Path) -> None:
+    for address, code, words in (
+        ("127.0.0.1:9", 2, "--address: found 127.0.0.1:9; allowed: auto, ray://"),
+        ("http://127.0.0.1:9", 5, "the Ray cluster cannot be reached"),
+    ):
+        result = invoke("list", "--address", address)
+        assert result.exit_code == code and words in result.stderr, result.stderr
+    result = invoke("logs", out, "--replica", 9)
+    assert result.exit_code == 2 and "found 9, which no event of the job names" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "report"])

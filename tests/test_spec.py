@@ -51,6 +51,7 @@ def refusal(text: str, *overrides: str) -> SpecError:
 
 
 # What follows BASE; the line of it that is wrong, the field, what was found, what is allowed.
+COMPARED = "exit: {kv: verify}\nsampling: {temperature: 1}\naudit: {full_depth_fraction: 1}"
 BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
     ("colour: 1", 1, "colour", "an unknown key", "version, name, input"),
     ("max_new_tokens: 9", 1, "max_new_tokens", "unknown key", "did you mean sampling.max_new_to"),
@@ -74,6 +75,7 @@ BAD_INPUTS: list[tuple[str, int, str, str, str]] = [
         '"pruned"',
         "full with exit.kv: verify",
     ),
+    (COMPARED, 3, "audit.full_depth_fraction", "1.0", "0 where exit.kv is verify and sampling"),
     ("exit:\n  decay: {}", 2, "exit.decay.temperature", "nothing", "(required)"),
     ("exit:\n  decay: 4", 2, "exit.decay", "4", "a mapping with keys temperature, scaled"),
     ("exit:\n  vocab: {top_k: 0}", 2, "exit.vocab.top_k", "0", "at least 1, or null"),

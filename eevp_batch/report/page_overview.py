@@ -51,7 +51,7 @@ def _tiles(figures: JobFigures) -> list[dict[str, str]]:
         _tile(
             "Speed",
             "not known" if speed is None else number(speed),
-            "of the last run, loading left out" if speed else "no chunk has been committed so far",
+            "of the last run, loading left out" if speed else "no token has been committed so far",
             "tokens/s" if speed else "",
         ),
         _tile(

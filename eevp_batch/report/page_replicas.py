@@ -50,7 +50,9 @@ def replicas(figures: JobFigures) -> dict[str, Any]:
                 clock(run.started_unix_s),
                 duration(run.stop_s - run.start_s),
                 "-" if run.replicas is None else str(run.replicas),
-                _RUN_NAMES.get(run.end, "") + (f": {run.reason}" if run.reason else ""),
+                ("retry, " if run.is_retry else "")
+                + _RUN_NAMES.get(run.end, "")
+                + (f": {run.reason}" if run.reason else ""),
             ]
             for place, run in enumerate(timeline.runs, 1)
         ],

@@ -116,8 +116,9 @@ def render_forecast(forecast: Forecast, width: int) -> str:
         "chunks": number(forecast.chunks),
         "prompt tokens": number(forecast.prompt_tokens) + looked,
         "new tokens": f"at most {number(forecast.max_generated_tokens)}",
-        "over-long rows": f"{number(counts.overlong)}, over {number(counts.max_tokens)} tokens",
-        "rows in error": _counts(counts.failures),
+        "over-long rows": f"{number(counts.overlong)}, over {number(counts.max_tokens)} tokens"
+        + looked,
+        "rows in error": _counts(counts.failures) + looked if counts.failures else "",
         "keys and values": f"{size(forecast.kv_bytes_per_token)} per token, "
         f"{size(forecast.kv_bytes_per_sequence)} for the longest row",
         "per new token": f"{flops(forecast.flops_per_token_least)} to "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from eevp_batch.report.time_bins import TimeBins
-from eevp_batch.storage.status import RUN_STARTS
+from eevp_batch.storage.status import RETRY_START, RUN_STARTS
 
 State = Literal["starting", "busy", "learning", "waiting", "dead"]
 STATES: tuple[State, ...] = ("starting", "busy", "learning", "waiting", "dead")
@@ -46,12 +46,14 @@ class Run:
     Attributes:
         started_unix_s: wall clock.
         start_s, stop_s: in seconds of running.
+        is_retry: whether it tries error rows again, all of which were committed before.
         end: the event that it ended with; None where it was killed or still runs.
     """
 
     started_unix_s: float
     start_s: float
     replicas: int | None
+    is_retry: bool = False
     stop_s: float = 0.0
     end: str | None = None
     reason: str | None = None
@@ -98,7 +100,7 @@ class Timeline:
         seconds: of all replicas together, by state.
         deaths: the first `MAX_DEATHS`; `num_deaths` counts all.
         tokens: generated tokens, each chunk's spread over the time from its lease to its commit.
-        rows: rows at the moment of their commit.
+        rows: rows at the moment of their first commit, as far as the log tells.
         machines: what replicas said of their machines, and how many said so.
     """
 
@@ -151,13 +153,17 @@ class _Reader:
         self.found = Timeline()
         self._replicas: dict[str, _Replica] = {}
         self._leased_s: dict[tuple[str, int], float] = {}
+        self._set_aside: set[int] = set()
         self._at_s = 0.0
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Bring the story up to one event."""
         kind, unix_s = str(event.get("event")), float(event["unix_s"])
-        if kind in RUN_STARTS or not self.found.runs:
-            self._begin(unix_s, event.get("replicas"))
+        if kind == "chunk_set_aside":  # told before the run begins that does it again
+            self._set_aside.add(event["chunk_id"])
+            return
+        if kind in (*RUN_STARTS, RETRY_START) or not self.found.runs:
+            self._begin(unix_s, event.get("replicas"), kind == RETRY_START)
         run = self.found.runs[-1]
         self._at_s = max(self._at_s, run.start_s + unix_s - run.started_unix_s)
         run.stop_s = self._at_s
@@ -198,10 +204,10 @@ class _Reader:
         self.found.replicas = dict(list(named.items())[:MAX_REPLICAS])
         return self.found
 
-    def _begin(self, unix_s: float, replicas: Any) -> None:
+    def _begin(self, unix_s: float, replicas: Any, is_retry: bool) -> None:
         self._end_all()
         count = replicas if isinstance(replicas, int) else None
-        self.found.runs.append(Run(unix_s, self._at_s, count, self._at_s))
+        self.found.runs.append(Run(unix_s, self._at_s, count, is_retry, self._at_s))
 
     def _ready(self, run: Run, replica: _Replica, machine: Any) -> None:
         if replica.state is None:
@@ -232,8 +238,10 @@ class _Reader:
         if event["event"] == "chunk_committed":
             run.last_commit_s = self._at_s
             self.found.tokens.add(leased_s, self._at_s, event.get("generated_tokens", 0))
-            rows = event.get("rows_ok", 0) + event.get("rows_error", 0)
-            self.found.rows.add(self._at_s, self._at_s, rows)
+            if not run.is_retry and event["chunk_id"] not in self._set_aside:
+                rows = event.get("rows_ok", 0) + event.get("rows_error", 0)
+                self.found.rows.add(self._at_s, self._at_s, rows)
+            self._set_aside.discard(event["chunk_id"])
         elif event["event"] == "attempt_discarded":
             self.found.discarded += 1
         if replica.state == "busy":

@@ -179,7 +179,7 @@ class Committer:
         self._remove_attempts()
         report = verify_parts(self.store, self.plan)
         if report.problems:
-            raise VerifyFailedError(self.store.text, report.problems)
+            raise VerifyFailedError(self.store.text, report.problems, bool(report.damaged))
         success = {**report.summary(self.plan), "run": run_info}
         self.check_lock()
         self.store.write(layout.SUCCESS, (json.dumps(success, indent=1) + "\n").encode())

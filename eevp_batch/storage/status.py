@@ -29,10 +29,10 @@ class Status:
     Attributes:
         rows_total: planned input rows.
         totals: counters of the committed chunks.
-        tokens_per_s: generated tokens per second of the last run that committed anything, from its
+        tokens_per_s: generated tokens per second of the last run that committed any, from its
             first replica's readiness to its last commit; None before that.
         last_progress_unix_s: when the last chunk was finished; None before the first.
-        reason: why the last run stopped, where it said so.
+        reason: why the last run stopped, where it said so and left work undone.
         learning: what became of a job's learning of exits; None where it does not learn.
         drift: what the audit warned of, see `audit_drift` in the event log; None without a warning.
     """
@@ -80,7 +80,7 @@ class _LastRun:
     def commit(self, unix_s: float, tokens: int) -> None:
         """Count a committed chunk in."""
         self.tokens += tokens
-        if self.ready_unix_s is not None and unix_s > self.ready_unix_s:
+        if self.tokens and self.ready_unix_s is not None and unix_s > self.ready_unix_s:
             self.tokens_per_s = self.tokens / (unix_s - self.ready_unix_s)
 
 
@@ -105,16 +105,17 @@ def read_status(store: Store) -> Status:
     rate = run.tokens_per_s
     if not run.is_known and last is not None and last > begin:
         rate = totals.generated_tokens / (last - begin)  # a job without an event log
+    state = _state(store, run, chunks_done)
     return Status(
         run_id=plan.run_id,
-        state=_state(store, run, chunks_done),
+        state=state,
         rows_total=plan.num_rows,
         chunks_total=len(plan.chunks),
         chunks_done=chunks_done,
         totals=totals,
         tokens_per_s=rate,
         last_progress_unix_s=last,
-        reason=run.reason,
+        reason=None if state == "done" else run.reason,
         learning=_learning(store, plan),
         drift=run.drift,
     )

@@ -281,7 +281,7 @@ def _add_strays(
                 continue
             key = layout.part_key(name)
             if key is None or key[0] >= len(plan.chunks):
-                report.problems.append(problem)
+                report.problems.append(f"{problem}; it is not the job's, move it elsewhere")
             else:
                 report.add(key[0], [problem])
     for chunk_id, patch in sorted(
@@ -304,6 +304,19 @@ def _success_problems(store: Store, summary: dict[str, Any]) -> Iterator[str]:
         yield f"{layout.SUCCESS}: not JSON: {error}"
         return
     found = success if isinstance(success, dict) else {}
-    for name, expected in summary.items():
-        if found.get(name) != expected:
-            yield f"{layout.SUCCESS}: {name} is {found.get(name)}, but storage holds {expected}"
+    for difference in _differences("", found, summary):
+        yield f"{layout.SUCCESS}: {difference}"
+
+
+def _differences(name: str, told: Any, held: Mapping[str, Any]) -> Iterator[str]:
+    """What tells some JSON from what it should be, by the dotted names of its fields."""
+    for key, expected in held.items():
+        field_name, found = f"{name}{key}", told.get(key)
+        if found == expected:
+            continue
+        if isinstance(found, dict) and isinstance(expected, dict):
+            yield from _differences(f"{field_name}.", found, {**dict.fromkeys(found), **expected})
+        elif isinstance(found, list) or isinstance(expected, list):
+            yield f"{field_name} is not what storage holds"
+        else:
+            yield f"{field_name} is {found}, but storage holds {expected}"

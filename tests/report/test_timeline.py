@@ -73,6 +73,30 @@ def test_all_tokens_and_rows_of_commits_are_counted(told: Timeline) -> None:
     assert told.rows.running_totals()[-1] == (80, 24)
 
 
+def test_rows_that_are_done_again_are_counted_once_and_a_retry_is_a_run_of_its_own() -> None:
+    def commit(unix_s: float, chunk_id: int) -> dict[str, object]:
+        done = {"event": "chunk_committed", "unix_s": unix_s, "replica": "r", "chunk_id": chunk_id}
+        return done | {"rows_ok": 9, "rows_error": 1, "generated_tokens": 5}
+
+    found = read_timeline(
+        [
+            {"event": "job_started", "unix_s": 0.0},
+            *(commit(10.0 + chunk_id, chunk_id) for chunk_id in range(3)),
+            {"event": "job_finished", "unix_s": 20.0},
+            {"event": "chunk_set_aside", "unix_s": 5_000.0, "chunk_id": 1},
+            {"event": "job_resumed", "unix_s": 5_001.0},
+            commit(5_010.0, 1),
+            {"event": "job_finished", "unix_s": 5_011.0},
+            {"event": "retry_started", "unix_s": 90_000.0},
+            commit(90_030.0, 2) | {"rows_ok": 1, "rows_error": 0},
+            {"event": "job_finished", "unix_s": 90_040.0},
+        ]
+    )
+    assert sum(found.rows.sums) == 30 and sum(found.tokens.sums) == 25
+    assert [run.is_retry for run in found.runs] == [False, False, True]
+    assert found.end_s == pytest.approx(20 + 10 + 40), "pauses are left out"
+
+
 def test_a_log_that_says_nothing_makes_no_story() -> None:
     for events in ([], [{"event": "job_started"}], [{"event": "job_started", "unix_s": "soon"}]):
         found = read_timeline(events)

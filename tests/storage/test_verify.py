@@ -173,7 +173,9 @@ def test_a_row_that_is_both_done_and_failed_is_named(out: Path) -> None:
 @pytest.mark.parametrize("name", ["data/part-00099.parquet", "data/extra.parquet", "errors/x.csv"])
 def test_a_stray_file_is_named(out: Path, name: str) -> None:
     (out / name).write_bytes(b"")
-    assert problems(out) == [f"{name}: no commit record names this file"]
+    words = "no commit record names this file; it is not the job's, move it elsewhere"
+    assert problems(out) == [f"{name}: {words}"]
+    assert not verify(Store.open(out)).damaged, "no repair mends it"
     (out / name).rename(out / "data/.hidden")
     assert problems(out) == [], "what Parquet readers skip is nobody's output"
 
@@ -203,7 +205,13 @@ def test_success_of_other_counts_is_named(out: Path) -> None:
     success = json.loads((out / "_SUCCESS").read_text())
     success["rows"]["ok"] -= 1
     (out / "_SUCCESS").write_text(json.dumps(success))
-    assert [problem.partition(" is ")[0] for problem in problems(out)] == ["_SUCCESS: rows"]
+    success["totals"]["slowest"] = []
+    (out / "_SUCCESS").write_text(json.dumps(success))
+    rows_ok = success["rows"]["ok"]
+    assert problems(out) == [
+        f"_SUCCESS: rows.ok is {rows_ok}, but storage holds {rows_ok + 1}",
+        "_SUCCESS: totals.slowest is not what storage holds",
+    ]
 
 
 def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
@@ -275,6 +283,13 @@ def test_the_speed_is_that_of_the_last_run_that_committed(tmp_path: Path, spec: 
     resumed = {"event": "job_resumed", "unix_s": 200.0}
     assert rate_after(resumed) == 50.0, "a run without a commit tells nothing new"
     assert rate_after(ready[0] | {"unix_s": 210.0}, commit(220.0, 100)) == 10.0
+    retried = {"event": "retry_started", "unix_s": 300.0}
+    again = (retried, ready[0] | {"unix_s": 310.0}, commit(320.0, 0))
+    assert rate_after(*again) == 10.0, "a run that made no token is no measure"
+    store.write("_SUCCESS", b"{}")
+    rate_after({"event": "job_failed", "unix_s": 330.0, "reason": "TooManyErrorsError"})
+    done = read_status(store)
+    assert (done.state, done.reason) == ("done", None), "what is done has not failed"
 
 
 def test_status_reads_a_store_without_locks() -> None:

@@ -199,7 +199,8 @@ def read_plan(store: Store) -> Plan:
 def open_plan(store: Store, fresh: Plan, resolved_yaml: str = "") -> Plan:
     """Record a fresh plan in an empty output folder, or take up the one that is there.
 
-    `plan.json` comes last: a folder with a plan has its resolved spec too.
+    `plan.json` comes last: a folder with a plan has its resolved spec too, that of the last run;
+    the runs of a job may differ in what has no influence on its output.
 
     Raises:
         ResumeRefusedError: the folder was planned by a job with another fingerprint.
@@ -225,7 +226,16 @@ def open_plan(store: Store, fresh: Plan, resolved_yaml: str = "") -> Plan:
     store.settle(layout.META_DIR)
     if stored.fingerprint != fresh.fingerprint:
         raise ResumeRefusedError(store.text, changed_fields(stored.fields, fresh.fields))
+    if resolved_yaml and not _holds(store, layout.RESOLVED_SPEC, resolved_yaml.encode()):
+        store.write(layout.RESOLVED_SPEC, resolved_yaml.encode())
     return stored
+
+
+def _holds(store: Store, rel: str, content: bytes) -> bool:
+    try:
+        return store.read(rel) == content
+    except FileNotFoundError:
+        return False
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

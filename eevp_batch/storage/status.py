@@ -105,7 +105,7 @@ def read_status(store: Store) -> Status:
     rate = run.tokens_per_s
     if not run.is_known and last is not None and last > begin:
         rate = totals.generated_tokens / (last - begin)  # a job without an event log
-    state = _state(store, run, chunks_done)
+    state = _state(store, run, chunks_done, len(plan.chunks))
     return Status(
         run_id=plan.run_id,
         state=state,
@@ -169,10 +169,10 @@ def _is_last(event: str | None) -> bool:
     return event in ("job_finished", "job_interrupted", "job_failed")
 
 
-def _state(store: Store, run: _LastRun, chunks_done: int) -> State:
+def _state(store: Store, run: _LastRun, chunks_done: int, num_chunks: int) -> State:
     if store.is_locked(layout.LOCK):
         return "running"
-    if store.exists(layout.SUCCESS):
+    if chunks_done == num_chunks and store.exists(layout.SUCCESS):  # a record may be lost later
         return "done"
     if run.last_event == "job_failed":
         return "failed"

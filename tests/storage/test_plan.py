@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eevp_batch.errors import InputError, JobFailedError, ResumeRefusedError, UsageError
-from eevp_batch.spec import ExitSpec, JobSpec, PromptSpec, SamplingSpec
+from eevp_batch.spec import ExitSpec, JobSpec, PromptSpec, RunSpec, SamplingSpec
 from eevp_batch.storage import scan
 from eevp_batch.storage.chunks import read_chunk, table_ids
 from eevp_batch.storage.ids import RepeatedKeys, id_keys, ids_digest
@@ -316,8 +316,13 @@ def test_a_plan_is_written_once_after_the_resolved_spec(
     plan = open_plan(store, make_plan(spec, MODEL), "name: test\n")
     assert store.read("_eevp/job.resolved.yaml") == b"name: test\n"
     assert json.loads(store.read("_eevp/plan.json"))["fingerprint"] == plan.fingerprint
-    assert open_plan(store, make_plan(spec, MODEL), "other").run_id == plan.run_id
-    assert store.read("_eevp/job.resolved.yaml") == b"name: test\n"
+    run = RunSpec(chunk_rows=spec.run.chunk_rows, max_error_rate=0.5)
+    later = spec.model_copy(update={"run": run})
+    assert open_plan(store, make_plan(later, MODEL), "name: later\n").run_id == plan.run_id
+    assert store.read("_eevp/job.resolved.yaml") == b"name: later\n", "what retry-errors goes by"
+    with pytest.raises(ResumeRefusedError):
+        open_plan(store, make_plan(spec, replace(MODEL, content_hash="decaf")), "name: refused\n")
+    assert store.read("_eevp/job.resolved.yaml") == b"name: later\n"
 
 
 def test_results_without_a_plan_are_never_written_over(tmp_path: Path, spec: JobSpec) -> None:

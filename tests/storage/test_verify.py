@@ -204,7 +204,6 @@ def test_a_missing_or_wrong_success_is_named(out: Path, content: str | None) -> 
 def test_success_of_other_counts_is_named(out: Path) -> None:
     success = json.loads((out / "_SUCCESS").read_text())
     success["rows"]["ok"] -= 1
-    (out / "_SUCCESS").write_text(json.dumps(success))
     success["totals"]["slowest"] = []
     (out / "_SUCCESS").write_text(json.dumps(success))
     rows_ok = success["rows"]["ok"]
@@ -231,6 +230,13 @@ def test_status_of_a_finished_job(out: Path) -> None:
     success = json.loads((out / "_SUCCESS").read_text())
     assert json.loads(json.dumps(status.to_json()))["totals"] == success["totals"]
     assert status.tokens_per_s is not None and status.tokens_per_s > 0
+    failed = {"event": "job_failed", "unix_s": 0.0, "reason": "TooManyErrorsError: of a retry"}
+    store.append_line("_eevp/events.jsonl", json.dumps(failed))
+    status = read_status(store)
+    assert (status.state, status.reason) == ("done", None), "what is done has not failed"
+    (out / "_eevp/commits/00001.json").unlink()
+    status = read_status(store)
+    assert (status.state, status.chunks_done) == ("interrupted", 4), "it is no longer done"
 
 
 def test_status_follows_a_job(tmp_path: Path, spec: JobSpec) -> None:
@@ -286,10 +292,6 @@ def test_the_speed_is_that_of_the_last_run_that_committed(tmp_path: Path, spec: 
     retried = {"event": "retry_started", "unix_s": 300.0}
     again = (retried, ready[0] | {"unix_s": 310.0}, commit(320.0, 0))
     assert rate_after(*again) == 10.0, "a run that made no token is no measure"
-    store.write("_SUCCESS", b"{}")
-    rate_after({"event": "job_failed", "unix_s": 330.0, "reason": "TooManyErrorsError"})
-    done = read_status(store)
-    assert (done.state, done.reason) == ("done", None), "what is done has not failed"
 
 
 def test_status_reads_a_store_without_locks() -> None:

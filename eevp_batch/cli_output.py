@@ -13,8 +13,6 @@ from eevp_batch.errors import VerifyFailedError
 if TYPE_CHECKING:
     from eevp_batch.cluster.cluster_job import ClusterJob
 
-REPAIR_HINT = "`eevp-batch submit --repair` with the job file does damaged chunks again"
-
 _out_argument = click.argument("out", metavar="OUT")
 
 
@@ -71,10 +69,7 @@ def verify(out: str, as_json: bool) -> None:
         names = ("problems", "rows_in", "rows_ok", "rows_error", "data_parts", "errors_parts")
         echo_json({name: getattr(report, name) for name in names})
     if report.problems:
-        failed = VerifyFailedError(out, report.problems, bool(report.damaged))
-        if failed.is_damage:
-            failed.add_note(REPAIR_HINT)
-        raise failed
+        raise VerifyFailedError(out, report.problems, bool(report.damaged))
     if not as_json:
         click.echo(
             f"{out}: {report.rows_in:,} rows in = {report.rows_ok:,} ok + "

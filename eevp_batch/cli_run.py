@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eevp_batch.cli_output import REPAIR_HINT, sum_up
-from eevp_batch.errors import TooManyErrorsError, VerifyFailedError
+from eevp_batch.cli_output import sum_up
+from eevp_batch.errors import TooManyErrorsError
 
 if TYPE_CHECKING:
     from eevp_batch.prepare import PreparedJob
@@ -107,10 +107,6 @@ def run_and_sum_up(
             _run_cluster(job, opened, wants_bar, retry, repairs, inside)
     except TooManyErrorsError:
         sum_up(job.store.text)
-        raise
-    except VerifyFailedError as error:
-        if error.is_damage:
-            error.add_note(REPAIR_HINT)
         raise
     sum_up(job.store.text)
 

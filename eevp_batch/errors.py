@@ -143,14 +143,20 @@ class VerifyFailedError(EevpError):
 
     Attributes:
         problems: one sentence each, naming the file.
+
+    Args:
         is_damage: whether chunks are damaged, which a repair does again.
     """
 
     exit_code = 6
 
     def __init__(self, out: str, problems: list[str], is_damage: bool = False) -> None:
-        self.out, self.problems, self.is_damage = out, problems, is_damage
+        self.out, self.problems = out, problems
         super().__init__(f"{out}: {len(problems)} problem(s)\n" + "\n".join(problems))
+        if is_damage:
+            self.add_note(
+                "`eevp-batch submit --repair` with the job file does damaged chunks again"
+            )
 
 
 class JobFailedError(EevpError):

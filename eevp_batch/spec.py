@@ -267,18 +267,13 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _audits_exits(self) -> JobSpec:
-        if self.exit.mode == "off" and self.audit.full_depth_fraction:
-            found, allowed = self.audit.full_depth_fraction, "0 where exit.mode is off"
-            raise refused("audit.full_depth_fraction", found, allowed)
-        if (
-            self.exit.kv == "verify"
-            and self.sampling.temperature
-            and self.audit.full_depth_fraction
-        ):
-            found = self.audit.full_depth_fraction
+        fraction = self.audit.full_depth_fraction
+        if fraction and self.exit.mode == "off":
+            raise refused("audit.full_depth_fraction", fraction, "0 where exit.mode is off")
+        if fraction and self.exit.kv == "verify" and self.sampling.temperature:
             # Its samples have the whole model's distribution, not its tokens: nothing to compare.
             allowed = "0 where exit.kv is verify and sampling.temperature is not 0"
-            raise refused("audit.full_depth_fraction", found, allowed)
+            raise refused("audit.full_depth_fraction", fraction, allowed)
         has_bound = self.exit.mode == "learn" or self.exit.calibration or self.audit.delta
         if self.audit.stop_exits and not has_bound:
             raise refused("audit.delta", "null", "a share of tokens with audit.stop_exits")

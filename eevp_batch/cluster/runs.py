@@ -17,7 +17,7 @@ from eevp_batch.history import Submission, recall
 from eevp_batch.storage import layout
 from eevp_batch.storage.plan import read_plan
 from eevp_batch.storage.retries import Patience
-from eevp_batch.storage.status import RETRY_START, RUN_STARTS, read_events
+from eevp_batch.storage.status import RUN_STARTS, read_events
 from eevp_batch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def last_start(store: Store) -> dict[str, Any]:
     event: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         for event_now in read_events(store):
-            if event_now.get("event") in (*RUN_STARTS, RETRY_START):
+            if event_now.get("event") in RUN_STARTS:
                 event = event_now
     return event
 

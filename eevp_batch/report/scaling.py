@@ -15,7 +15,7 @@ from typing import Any, Literal
 from eevp_batch.errors import UsageError
 from eevp_batch.spec import JobSpec
 from eevp_batch.storage.plan import Plan
-from eevp_batch.storage.status import RUN_STARTS, read_events
+from eevp_batch.storage.status import RETRY_START, RUN_STARTS, read_events
 from eevp_batch.storage.store import Store
 
 
@@ -110,7 +110,7 @@ def predict_like(out: str, spec: JobSpec, plan: Plan) -> list[Prediction]:
 
 
 def measure_pace(events: Iterable[Mapping[str, Any]], commit_s: float = 0.0) -> Pace:
-    """The pace of a finished job's last run.
+    """The pace of a finished job's last run; a retry's few rows are no measure.
 
     Args:
         events: its event log, oldest first.
@@ -120,8 +120,13 @@ def measure_pace(events: Iterable[Mapping[str, Any]], commit_s: float = 0.0) -> 
         UsageError: the log does not tell of a run that worked and has ended.
     """
     run: list[Mapping[str, Any]] = []
+    is_retry = False
     for event in events:
-        run = [event] if event.get("event") in RUN_STARTS else [*run, event]
+        if event.get("event") in RUN_STARTS:
+            is_retry = event["event"] == RETRY_START
+            run = run if is_retry else []
+        if not is_retry:
+            run.append(event)
     times = {kind: _times(run, kind) for kind in ("replica_ready", "chunk_leased")}
     commits = [event for event in run if event.get("event") == "chunk_committed"]
     end = _times(run, "job_finished")

@@ -162,7 +162,7 @@ class _Reader:
         if kind == "chunk_set_aside":  # told before the run begins that does it again
             self._set_aside.add(event["chunk_id"])
             return
-        if kind in (*RUN_STARTS, RETRY_START) or not self.found.runs:
+        if kind in RUN_STARTS or not self.found.runs:
             self._begin(unix_s, event.get("replicas"), kind == RETRY_START)
         run = self.found.runs[-1]
         self._at_s = max(self._at_s, run.start_s + unix_s - run.started_unix_s)

@@ -16,10 +16,10 @@ from eevp_batch.storage.plan import Plan, read_plan
 from eevp_batch.storage.store import Store
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
-RUN_STARTS = ("job_started", "job_resumed")
-"""Events with which a run of a job begins, ..."""
 RETRY_START = "retry_started"
-"""... and the one with which a retry of its error rows does."""
+"""Event with which a run begins that tries error rows again."""
+RUN_STARTS = ("job_started", "job_resumed", RETRY_START)
+"""Events with which any run of a job begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def _last_run(store: Store) -> _LastRun:
     run = _LastRun()
     for event in read_events(store):
         kind, unix_s = event.get("event"), event.get("unix_s")
-        if kind in (*RUN_STARTS, RETRY_START):
+        if kind in RUN_STARTS:
             run = _LastRun(is_known=True, tokens_per_s=run.tokens_per_s, drift=run.drift)
         elif kind == "replica_ready" and run.ready_unix_s is None:
             run.ready_unix_s = unix_s

@@ -83,6 +83,13 @@ def test_a_resumed_run_counts_from_its_own_start() -> None:
     assert measure_pace([*earlier, *resumed]) == measure_pace(log)
 
 
+def test_a_retry_does_not_change_the_pace() -> None:
+    log = run_of(PACE, chunks=40, rows=20)
+    again = {"event": "retry_started", "unix_s": 90_000.0}
+    late = [{**event, "unix_s": 90_000.0 + event["unix_s"]} for event in log[1:]]
+    assert measure_pace([*log, again, *late]) == measure_pace(log)
+
+
 def test_a_plan_says_how_long_it_takes_at_the_pace_of_a_finished_job(
     tmp_path: Path, tiny_llama: Path
 ) -> None:

@@ -307,9 +307,16 @@ def test_verify_ends_with_6_and_names_the_missing_part(out: Path) -> None:
     part.unlink()
     result = invoke("verify", out)
     assert result.exit_code == 6 and f"data/{part.name}" in result.stderr
+    assert "submit --repair" in result.stderr, "what mends it"
     result = invoke("verify", out, "--json")
     assert result.exit_code == 6
     assert any(part.name in problem for problem in json.loads(result.stdout)["problems"])
+
+
+def test_a_repair_is_not_advised_where_nothing_is_damaged(out: Path) -> None:
+    (out / "data" / "stray.parquet").write_bytes(b"")
+    result = invoke("verify", out)
+    assert result.exit_code == 6 and "--repair" not in result.stderr, result.stderr
 
 
 def test_what_is_not_there_to_be_listed_is_said(out: Path) -> None:

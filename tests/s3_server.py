@@ -1,6 +1,8 @@
 """A real S3 endpoint on loopback, moto's server, that can be told to misbehave.
 
-moto honours `If-None-Match: *` on PUT: it answers 412 where the name is taken.
+moto honours `If-None-Match: *` on PUT: it answers 412 where the name is taken. But it looks first
+and writes later, and between the two another request may do the same; on S3 they are one act, and
+here PUTs come one at a time to make them one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import quote
@@ -56,6 +58,7 @@ class FaultyApp:
     _kinds: tuple[Fault, ...] = ()
     _random: random.Random = field(default_factory=random.Random)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _putting: threading.Lock = field(default_factory=threading.Lock)
 
     def plan(self, method: str, part: str, *faults: Fault) -> None:
         """Let the next requests of a method whose path or query has `part` in it go wrong."""
@@ -74,7 +77,7 @@ class FaultyApp:
         target = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
         fault = self._next_fault(environ["REQUEST_METHOD"], target)
         if fault is None:
-            return self.app(environ, start_response)  # type: ignore[no-any-return]
+            return self._serve(environ, start_response)
         length = int(environ.get("CONTENT_LENGTH") or 0)
         if fault in _CODES:
             environ["wsgi.input"].read(length)
@@ -84,11 +87,15 @@ class FaultyApp:
             time.sleep(self.hang_s)
             return _hang_up(environ, start_response)
         answer = _Answer()
-        body = b"".join(self.app(environ, answer))
+        body = b"".join(self._serve(environ, answer))
         if fault == "lost" or not body:
             return _hang_up(environ, start_response)
         start_response(answer.status, answer.headers)
         return _half(body, environ)
+
+    def _serve(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self._putting if environ["REQUEST_METHOD"] == "PUT" else nullcontext():
+            return self.app(environ, start_response)  # type: ignore[no-any-return]
 
     def _next_fault(self, method: str, target: str) -> Fault | None:
         with self._lock:

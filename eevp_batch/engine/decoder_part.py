@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
-from eevp_batch.engine.stored_weights import execution_device, is_tied, settle
+from eevp_batch.engine.stored_weights import (
+    EMBEDDING,
+    HEAD,
+    StoredTensors,
+    execution_device,
+    is_tied,
+    settle,
+    stored_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,7 @@ class DecoderPart:
         norm, rotary, head: what every part has, for each ends at an exit.
         device: where it runs.
         is_tied: whether the head's weight is the embedding's.
+        stored: the files of its weights; None where they are in memory.
     """
 
     config: Any
@@ -37,6 +47,7 @@ class DecoderPart:
     head: Any
     device: torch.device
     is_tied: bool
+    stored: StoredTensors | None
 
     @classmethod
     def of(
@@ -66,7 +77,24 @@ class DecoderPart:
             head=head,
             device=device or execution_device(model),
             is_tied=is_tied(model),
+            stored=stored_tensors(model),
         )
+
+    def head_weight(self) -> torch.Tensor:
+        """[V, E] of the head, for good: where it lies in its file, or a copy."""
+        if self.is_tied:
+            return self._for_good(self.head, EMBEDDING)
+        return self._for_good(self.head, HEAD)
+
+    def embedding_weight(self) -> torch.Tensor:
+        """[V, E] of the embedding, as `head_weight`."""
+        return self._for_good(self.embedding, EMBEDDING)
+
+    def _for_good(self, module: nn.Module, name: str) -> torch.Tensor:
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        if self.stored is not None and has_offloaded_params(module):
+            return self.stored.kept(name, weight.dtype)
+        return weight.detach().clone()  # it may be gone with what was read
 
     def settle(self) -> None:
         """Put all of it on the device for good, as transformers has it."""

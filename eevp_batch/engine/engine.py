@@ -218,13 +218,18 @@ class Engine:
 
         Raises:
             EngineStalledError: nothing could run although work remains.
+            ModelError: the model's files were written to while they were in use.
         """
         if self._crew is not None:
             self._crew.step()
             with self._crew.lock:
-                return self._results.drain()
-        self._turn(self.stages[0])
-        return self._results.drain()
+                finished = self._results.drain()
+        else:
+            self._turn(self.stages[0])
+            finished = self._results.drain()
+        if finished and self.model.stored is not None:
+            self.model.stored.check()
+        return finished
 
     @torch.inference_mode()
     def _turn(self, stage: Stage) -> None:

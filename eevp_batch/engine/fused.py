@@ -11,7 +11,6 @@ Knows packed tokens and the pool, nothing of sequences, exits or sampling.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from eevp_batch.engine import native
 from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.decoder_part import DecoderPart
+from eevp_batch.engine.host_memory import let_freed_memory_go
 from eevp_batch.engine.kv_store import PAGE_SIZE, KvLayout, KvStore
 from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
 from eevp_batch.engine.packing import PackedTokens
@@ -30,16 +30,19 @@ BLOCK_ROWS = 4
 
 
 class FusedLayer:
-    """Weights of one layer. `layer` is transformers' own; its weights are copied."""
+    """Weights of one layer. `layer` is transformers' own; its weights are copied.
+
+    Products are laid out one by one, the largest first: what one takes beside the model while that
+    is done is over before the others are there.
+    """
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.qkv = _stacked(qkv)
-        self.kv = _stacked(qkv[1:])
-        self.out = _stacked([attention.o_proj])
-        self.gate_up = _stacked([mlp.gate_proj, mlp.up_proj])
-        self.down = _stacked([mlp.down_proj])
+        self.gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
+        self.down = _stacked(mlp.down_proj)
+        self.qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _stacked(attention.o_proj)
+        self.kv = _stacked(attention.k_proj, attention.v_proj)
         self.input_norm = _float_copy(layer.input_layernorm)
         self.middle_norm = _float_copy(layer.post_attention_layernorm)
         self.q_norm = _float_copy(attention.q_norm) if hasattr(attention, "q_norm") else None
@@ -48,16 +51,11 @@ class FusedLayer:
         self.scaling: float = attention.scaling
 
 
-def _read(layer: Any) -> FusedLayer:
-    """One layer; what was read of it to lay it out is let go."""
-    with present(layer):
-        return FusedLayer(layer)
-
-
 def _float_copy(norm: nn.Module) -> torch.Tensor:
     """A norm's weight in float32. Copied: a tensor of a mapped file keeps all of it in memory."""
-    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-    return weight.detach().to(torch.float32, copy=True)
+    with present(norm):
+        weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        return weight.detach().to(torch.float32, copy=True)
 
 
 def _window(attention: Any) -> int:
@@ -67,10 +65,26 @@ def _window(attention: Any) -> int:
     return getattr(owner, "sliding_window", None) or 0
 
 
-def _stacked(parts: Sequence[nn.Linear]) -> PackedLinear:
-    """Several products of the same rows as one."""
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return PackedLinear(torch.cat([part.weight for part in parts]), bias)
+def _stacked(*parts: nn.Linear) -> PackedLinear:
+    """Several products of the same rows as one; of what is read, one part at a time is there."""
+    rows = [part.out_features for part in parts]
+    like = parts[0].weight
+    weight = torch.empty(sum(rows), parts[0].in_features, dtype=like.dtype)
+    bias = None if parts[0].bias is None else torch.empty(sum(rows), dtype=like.dtype)
+    biases = [None] * len(parts) if bias is None else torch.split(bias, rows)
+    for part, own_weight, own_bias in zip(parts, torch.split(weight, rows), biases, strict=True):
+        with present(part):
+            own_weight.copy_(part.weight.detach())
+            if own_bias is not None:
+                own_bias.copy_(part.bias.detach())
+    return PackedLinear(weight, bias)
+
+
+def _head(part: DecoderPart, weight: torch.Tensor) -> PackedLinear:
+    """The product with the head, laid out from what is read for that: it looks at every page."""
+    with present(part.head):
+        head = PackedLinear(part.head.weight)
+    return head if head.is_laid_out else PackedLinear(weight)
 
 
 def can_fuse(part: DecoderPart) -> str | None:
@@ -95,7 +109,7 @@ class FusedLayers:
 
     Args:
         part: layers to which `can_fuse` has no objection; what is needed of it is copied.
-        head_weight: a copy of its head.
+        head_weight: of its head, for good.
 
     Attributes:
         bridges: what gives skipped layers their keys/values; None: those layers' projections.
@@ -114,7 +128,6 @@ class FusedLayers:
         self._kernels = kernels
         self._dtype: torch.dtype = head_weight.dtype
         self._eps: float = config.rms_norm_eps
-        self._layers = {index: _read(layer) for index, layer in part.layers.items()}
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
         self._head_size: int = part.layers[part.indices.start].self_attn.head_dim
@@ -122,11 +135,14 @@ class FusedLayers:
         settle(self._rotary, part.device)
         self._embed = head_weight
         if part.embedding is not None and not part.is_tied:
-            with present(part.embedding):
-                self._embed = part.embedding.weight.detach().clone()
-        with present(part.norm):
-            self._final_norm: torch.Tensor = _float_copy(part.norm)
-        self._head = PackedLinear(head_weight)
+            self._embed = part.embedding_weight()
+        self._final_norm: torch.Tensor = _float_copy(part.norm)
+        # Before the layers: none is as large, and what is read of it would come on top of them all.
+        self._head = _head(part, head_weight)
+        self._layers: dict[int, FusedLayer] = {}
+        for index, layer in part.layers.items():
+            self._layers[index] = FusedLayer(layer)
+            let_freed_memory_go()
         self._scratch: dict[str, torch.Tensor] = {}
         self.bridges: Bridges | None = None
 

@@ -46,6 +46,11 @@ class PackedLinear:
         self._packed = pack_weight(weight)
         self._weight = weight if self._packed is None else None
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether nothing is kept of the weight as it was given."""
+        return self._packed is not None
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[N, in] -> [N, out]; a row's result is the same for every N."""
         if len(rows) < FEWEST_ROWS:

@@ -110,6 +110,7 @@ class SegmentedModel:
         self.parts: tuple[SegmentedModel, ...] = (self,)
         self.run_lock = threading.RLock()
         part = DecoderPart.of(model, layers, self.place.at)
+        self.stored = part.stored
         self.layer_indices = part.indices
         self._take(part, kernel)
 
@@ -118,8 +119,7 @@ class SegmentedModel:
         objection = can_fuse(part) if kernel is None else f"attention by {kernel.name}"
         self.layers: FusedLayers | ModuleLayers
         if objection is None:
-            with present(part.head):  # copied, for it is gone with what was read
-                self.head_weight: torch.Tensor = part.head.weight.detach().clone()  # [V, E]
+            self.head_weight: torch.Tensor = part.head_weight()  # [V, E]
             self.layers = FusedLayers(part, self.head_weight)
         else:
             _log.info("layers run as transformers wrote them: %s", objection)

@@ -10,6 +10,7 @@ fetch parameters, are accelerate's.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,15 +27,18 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from eevp_batch.errors import ModelError
+
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_STORED = "eevp_stored"
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
     """The tensors of a model folder by name, read whenever one is asked for.
 
     A tensor is a view of its mapped file, which is unmapped with the last of them: nobody should
-    keep one for longer than it takes to copy it.
+    keep one for longer than it takes to copy it, but what `kept` gives.
 
     Args:
         folder: with safetensors, and their index where there are several.
@@ -46,6 +50,7 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._in_use: dict[Path, os.stat_result] = {}
         index = folder / INDEX_FILE
         names = {SINGLE_FILE}
         if index.exists():
@@ -70,12 +75,46 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def kept(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for good: where it lies in its file, if it has this number type there.
+
+        Its pages count as the file's, not as the process's own: only those that are looked at take
+        memory, replicas of one node share them, and the kernel may take them back.
+        """
+        path = self._files[name]
+        before = path.stat()
+        found = self[name]
+        if found.dtype != dtype:
+            return found.to(dtype)
+        self._in_use.setdefault(path, before)
+        return found
+
+    def check(self) -> None:
+        """See that no file was written to in which a `kept` tensor lies.
+
+        One that was replaced as a whole is another file, and what is mapped stays as it was.
+
+        Raises:
+            ModelError: one was.
+        """
+        for path, before in self._in_use.items():
+            try:
+                now = path.stat()
+            except FileNotFoundError:
+                continue
+            is_same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if is_same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise ModelError(
+                    f"{path}: was written to while the model was in use; allowed: to leave a model "
+                    "alone until the job is done, or to replace its files as a whole"
+                )
+
     def has_all_of(self, model: PreTrainedModel) -> bool:
         """Whether each parameter of the model is here, under its own name and in its shape."""
         return all(
             self._shapes.get(name) == tuple(parameter.shape)
             for name, parameter in model.named_parameters()
-            if name != _HEAD or not is_tied(model)
+            if name != HEAD or not is_tied(model)
         )
 
 
@@ -86,13 +125,13 @@ class _Tied(Mapping[str, torch.Tensor]):
         self._stored = stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._stored[_EMBEDDING if name == _HEAD else name]
+        return self._stored[EMBEDDING if name == HEAD else name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({*self._stored, _HEAD})
+        return iter({*self._stored, HEAD})
 
     def __len__(self) -> int:
-        return len({*self._stored, _HEAD})
+        return len({*self._stored, HEAD})
 
 
 def skeleton(folder: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | None:
@@ -123,8 +162,14 @@ def skeleton(folder: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     weights = _Tied(stored) if is_tied(model) else stored
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)
+    setattr(model, _STORED, stored)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def stored_tensors(model: PreTrainedModel) -> StoredTensors | None:
+    """The files of a `skeleton`; None where a model is in memory."""
+    return getattr(model, _STORED, None)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

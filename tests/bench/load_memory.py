@@ -30,6 +30,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    "llama-0.6b": {
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
     "tiny": {
         "vocab_size": 320,
         "hidden_size": 256,

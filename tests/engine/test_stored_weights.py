@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine, load_weights
+from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.stored_weights import INDEX_FILE, SINGLE_FILE, present, settle, skeleton
 from eevp_batch.errors import ModelError
 from eevp_batch.model_config import read_model_config
@@ -61,6 +64,67 @@ def test_an_engine_of_stored_weights_gives_the_same(
     expected = run(make_engine(any_tiny_model, **settings), prompts)
     found = run(engine, prompts)
     assert all(found[key].exits == generation.exits for key, generation in expected.items())
+
+
+def stored_engine(folder: Path) -> Engine:
+    """Without exits, its weights read as a job reads them."""
+    spec = ModelSpec(path=str(folder), dtype="float32")
+    return build_engine(
+        load_weights(spec, read_model_config(spec)),
+        AutoTokenizer.from_pretrained(folder),
+        ExitSpec(mode="off"),
+        SamplingSpec(max_new_tokens=4),
+        EngineSpec(),
+    )
+
+
+def test_the_vocabulary_s_weights_stay_in_their_file(any_tiny_model: Path) -> None:
+    spec = ModelSpec(path=str(any_tiny_model), dtype="float32")
+    model = SegmentedModel(load_weights(spec, read_model_config(spec)), [6])
+    expected = load_model(any_tiny_model)
+    assert torch.equal(model.head_weight, expected.lm_head.weight)
+    embedded = model.layers.embed(torch.arange(expected.config.vocab_size))
+    assert torch.equal(embedded, expected.model.embed_tokens.weight)
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    of_file = [
+        line.split()[0] for line in mapped if line.endswith(str(any_tiny_model / SINGLE_FILE))
+    ]
+    ranges = [tuple(int(end, 16) for end in line.split("-")) for line in of_file]
+    address = model.head_weight.data_ptr()
+    assert any(start <= address < stop for start, stop in ranges), "no copy was made"
+    other = SegmentedModel(
+        load_weights(spec.model_copy(update={"dtype": "bfloat16"}), read_model_config(spec)), [6]
+    )
+    assert torch.equal(other.head_weight, expected.lm_head.weight.bfloat16())
+
+
+def test_a_model_whose_files_are_replaced_goes_on_as_it_was(
+    tmp_path: Path, prompts: list[Prompt]
+) -> None:
+    file = save_model("llama", tmp_path) / SINGLE_FILE
+    content = file.read_bytes()
+    engine = stored_engine(tmp_path)
+    expected = run(engine, prompts)
+    replacing = tmp_path / "new"
+    replacing.write_bytes(content[:-8] + bytes(8))
+    replacing.replace(file)
+    found = run(engine, prompts)
+    assert {key: found[key].token_ids for key in found} == {
+        key: generation.token_ids for key, generation in expected.items()
+    }, "another file has taken the name, and the engine has the old one"
+
+
+def test_a_model_that_is_overwritten_in_use_is_noticed(
+    tmp_path: Path, prompts: list[Prompt]
+) -> None:
+    file = save_model("llama", tmp_path) / SINGLE_FILE
+    engine = stored_engine(tmp_path)
+    run(engine, prompts)
+    with file.open("r+b") as opened:
+        opened.seek(-8, os.SEEK_END)
+        opened.write(bytes(8))
+    with pytest.raises(ModelError, match="was written to while the model was in use"):
+        run(engine, prompts)
 
 
 def test_several_files_and_another_number_type(tmp_path: Path) -> None:

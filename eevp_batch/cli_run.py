@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eevp_batch.cli_output import sum_up
-from eevp_batch.errors import TooManyErrorsError
+from eevp_batch.errors import SpecError, StorageError, TooManyErrorsError, first_line
 
 if TYPE_CHECKING:
     from eevp_batch.prepare import PreparedJob
@@ -112,13 +112,26 @@ def run_and_sum_up(
 
 
 def _open_plan(job: PreparedJob) -> Plan:
-    """Write the plan, or take up the one that is there, and say what will run."""
+    """Write the plan, or take up the one that is there, and say what will run.
+
+    Raises:
+        SpecError: nothing can be written where the output is to go.
+    """
+    from eevp_batch.prepare import located
     from eevp_batch.spec_file import dump_spec
     from eevp_batch.storage import layout
     from eevp_batch.storage.plan import open_plan
 
     verb = "resumes" if job.store.exists(layout.PLAN) else "starts"
-    opened = open_plan(job.store, job.plan, dump_spec(job.spec))
+    try:
+        opened = open_plan(job.store, job.plan, dump_spec(job.spec))
+    except StorageError:
+        raise
+    except OSError as error:
+        found = f"{job.spec.output.path!r}, where nothing can be written ({first_line(error)})"
+        with located(job.source):
+            allowed = "a folder that can be made and written to"
+            raise SpecError("job file", None, "output.path", found, allowed) from error
     click.echo(
         f"{opened.run_id} {verb}: {opened.num_rows:,} rows in {len(opened.chunks):,} chunks, "
         f"{job.spec.cluster.max_replicas} replica(s), output in {job.store.text}",

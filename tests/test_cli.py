@@ -169,6 +169,14 @@ def test_a_bad_job_ends_with_2_before_anything_starts(
     assert files(job.parent) == before, "nothing was written"
 
 
+def test_an_output_that_cannot_be_made_is_refused_by_its_field(job: Path) -> None:
+    (job.parent / "file").touch()
+    result = invoke("submit", job, "--set", "output.path=file/out")
+    assert result.exit_code == 2, result.stderr
+    for part in ("--set: output.path: found", "file/out", "Not a directory", "can be made"):
+        assert part in result.stderr
+
+
 @pytest.mark.parametrize("override", ["exit.threshold=-1", "input.id_column=task"])
 def test_a_bad_job_is_refused_without_ray_and_torch(job: Path, override: str) -> None:
     code = (

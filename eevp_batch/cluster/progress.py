@@ -23,7 +23,8 @@ class Progress:
         tokens: generated so far, by earlier runs of the job too.
         tokens_per_s: over the last 20 seconds; None before the first replica is ready.
         mean_exit_layer: over all generated tokens; None before the first.
-        eta_s: at this run's own rate so far; None before the first row of this run.
+        eta_s: at this run's own rate so far, what is under way taken for half done; None before the
+            first row of this run.
         elapsed_s: since this run began.
         coordinator_s: seconds of work of the coordinator itself, waiting and storage left out.
         storage_s: seconds it spent in commits and the event log.
@@ -201,7 +202,13 @@ class Meter:
         )
 
     def eta_s(self, rows_done: int, now_s: float) -> float | None:
-        """Seconds left at this run's own rate."""
+        """Seconds left at this run's own rate.
+
+        What replicas hold is half done on average. Without that a run whose first row of many has
+        just finished would seem to last as many times as long.
+        """
         rows = rows_done - self._rows_before
         left = self._rows_total - rows_done
-        return left * self.working_s(now_s) / rows if rows > 0 else None
+        held = sum(progress.max_resident for _, progress in self._seen.values())
+        half = min(left, held) / 2
+        return (left - half) * self.working_s(now_s) / (rows + half) if rows > 0 else None

@@ -13,12 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eevp_batch.errors import JobFailedError
 from eevp_batch.model_config import ModelConfig
 from eevp_batch.records import Phase, RowId
 from eevp_batch.report.row_sample import SEED, RowSample, sample_rows
 from eevp_batch.report.savings import Savings, savings
-from eevp_batch.report.summary import JobSummary, read_prompts, summarise
+from eevp_batch.report.summary import JobSummary, read_prompts, summarise, unreadable
 from eevp_batch.report.timeline import Timeline, read_timeline
 from eevp_batch.report.vocabulary import Vocabulary, find_model
 from eevp_batch.storage import layout
@@ -157,7 +156,7 @@ def _error_rows(store: Store, parts: list[str]) -> dict[str, list[dict[str, Any]
             with store.open_input(rel) as source:
                 rows = pq.read_table(source).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise JobFailedError(f"{store.text}: {rel}: cannot be read ({error})") from error
+            raise unreadable(store, rel, error) from error
         for row in rows:
             some = found.setdefault(row["error_class"], [])
             if len(some) < ERRORS_PER_CLASS:

@@ -175,11 +175,17 @@ def _read_sample(store: Store, plan: Plan, chunk_id: int, patch: int, place: flo
             table = pq.read_table(source, columns=_SAMPLE_COLUMNS)
         row = table.slice(int(place * table.num_rows), 1).to_pylist()[0]
     except (OSError, pa.ArrowException, UnicodeDecodeError, LookupError) as error:
-        raise JobFailedError(
-            f"{store.text}: {rel}: cannot be read ({error}); `eevp-batch verify` tells more"
-        ) from error
+        raise unreadable(store, rel, error) from error
     prompts = read_prompts(plan, chunk_id, [row["row_id"]])
     return Sample(prompt=prompts.get(row["row_id"]), **row)
+
+
+def unreadable(store: Store, rel: str, error: Exception) -> JobFailedError:
+    """What to say of a part that is damaged or gone."""
+    why = "it is not there" if isinstance(error, FileNotFoundError) else str(error)
+    return JobFailedError(
+        f"{store.text}: {rel}: cannot be read ({why}); `eevp-batch verify` tells more"
+    )
 
 
 def read_prompts(plan: Plan, chunk_id: int, row_ids: Collection[RowId]) -> dict[RowId, str]:

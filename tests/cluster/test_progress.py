@@ -40,6 +40,17 @@ def test_rates_leave_the_start_out() -> None:
     assert meter.working_s(12.0) == 2.0
 
 
+def test_rows_under_way_count_for_the_time_left() -> None:
+    """192 rows, 64 at a time, 40 s each, in step but for the first, which is short."""
+    meter = Meter(ChunkStats(), 0.0, 192, 0)
+    meter.replica_is_ready(0.0)
+    meter.update(0, "eevp-replica-0", LoopProgress(max_resident=64))
+    early, half_way, late = meter.eta_s(1, 10.0), meter.eta_s(96, 60.0), meter.eta_s(190, 118.0)
+    assert early is not None and 30 < early < 110, "not 191 times the 10 s of the first row"
+    assert half_way == pytest.approx(30.0), "64 of the 96 others are half done"
+    assert late is not None and 0 < late < 2
+
+
 def test_the_window_forgets_what_is_long_ago() -> None:
     meter = Meter(ChunkStats(), 0.0, 150, 0)
     meter.replica_is_ready(0.0)

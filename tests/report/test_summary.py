@@ -135,6 +135,13 @@ def test_a_damaged_part_is_named(done: Store) -> None:
         summarise(done)
 
 
+def test_an_errors_part_that_is_gone_is_named(done: Store) -> None:
+    name = done.list("errors")[0]
+    done.delete(f"errors/{name}")
+    with pytest.raises(JobFailedError, match=rf"{name}: .*not there.*eevp-batch verify"):
+        gather(done)
+
+
 def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no job"):
         summarise(Store.open(tmp_path))

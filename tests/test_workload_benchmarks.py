@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from jinja2 import Template
 
-from tests.bench import replay, workloads
+from tests.bench import drift, replay, workloads
 from tests.bench.machine import ROOT
 from tests.bench.workloads_answers import last_number, starts_with
 from tests.bench.workloads_jobs import WORKLOADS, Sizes
@@ -43,6 +47,27 @@ def test_rows_to_learn_from_and_rows_to_judge_by_are_apart(tmp_path: Path) -> No
         assert len(set(prompts)) == 50, f"a prompt of {name} is there twice"
         again = make(Sizes(20, 20, 10), sources.get(name))
         assert (again.learned, again.judged) == (found.learned, found.judged)
+
+
+@pytest.mark.parametrize(("change", "shown"), [("fields", '{"job": "tailor"'), ("prompts", None)])
+def test_a_job_changes_its_prompts_in_the_middle(
+    change: str, shown: str | None, tmp_path: Path
+) -> None:
+    WORKLOADS["extract"](Sizes(10, 10, 12), None).write(tmp_path, ROOT / "models", "float32")
+    chosen = Namespace(
+        workload=tmp_path, change=change, narrow_rows=8, changed_rows=4, stage="heads",
+        delta="0.02", chunk_rows=4,
+    )  # fmt: skip
+    (tmp_path / "drift").mkdir()
+    job = yaml.safe_load(drift.write_job(chosen, tmp_path / "drift").read_text())
+    rows = pq.read_table(tmp_path / "drift" / "prompts.parquet").to_pylist()
+    prompts = [Template(job["prompt"]["template"]).render(row) for row in rows]
+    assert len(prompts) == 12
+    assert all('{"name": "Pedro Alves"' in prompt for prompt in prompts[:8])
+    for prompt, row in zip(prompts[8:], rows[8:], strict=True):
+        assert row["text"] in prompt
+        assert prompt == row["text"] if shown is None else shown in prompt
+        assert '{"name": "Pedro Alves"' not in prompt
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Does the audit notice when a job's prompts change in the middle? Fitted exits on the demo model.
 
-The first rows are those that exits were fitted and certified for (a narrow template), then come
-prompts of jobs/corpus.yaml. Every third row is audited.
+The first rows are those that exits were fitted and certified for (a narrow template). Then come
+others: prompts of jobs/corpus.yaml, or more notes with the form's fields in reverse order. Every
+third row is audited.
 
     python -m tests.bench.workloads --workloads extract --steps generate,fit,certify
     python -m tests.bench.drift --workload out/workloads/extract --delta 0.02 --out FILE
@@ -39,23 +40,50 @@ def options() -> argparse.Namespace:
     parser.add_argument("--stage", choices=sorted(STAGES), default="heads")
     parser.add_argument("--delta", default="0.02", help="of a certificate that is there")
     parser.add_argument("--narrow-rows", type=int, default=480)
-    parser.add_argument("--open-rows", type=int, default=320)
+    parser.add_argument("--change", choices=("prompts", "fields"), default="prompts")
+    parser.add_argument("--changed-rows", type=int, default=320)
     parser.add_argument("--chunk-rows", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=Path("out/drift"), help="of the job")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
-    """The job: its template gives a note its form and leaves other prompts as they are."""
-    source = yaml.safe_load((chosen.workload / "judged.yaml").read_text())
-    notes = pq.read_table(chosen.workload / "judged.parquet").to_pylist()[: chosen.narrow_rows]
+def reversed_fields(template: str) -> str:
+    """The template with its examples' fields in reverse order."""
+    label = "JSON: "
+    lines = template.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(label + "{"):
+            fields = json.loads(line.removeprefix(label))
+            lines[number] = label + json.dumps(dict(reversed(fields.items())))
+    return "\n".join(lines)
+
+
+def changed_rows(chosen: argparse.Namespace, notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What comes after the notes that the exits are for; other notes where there are some."""
+    if chosen.change == "fields":
+        later = notes[chosen.narrow_rows :][: chosen.changed_rows]
+        return [{"id": row["id"], "text": row["text"], "form": "reversed"} for row in later]
     prompts = pq.read_table(ROOT / "jobs" / "prompts", columns=["id", "prompt"]).to_pylist()
-    rows = [{"id": note["id"], "text": note["text"], "prompt": None} for note in notes]
-    rows += [row | {"text": None} for row in prompts[: chosen.open_rows]]
+    return [
+        {"id": row["id"], "text": row["prompt"], "form": "none"}
+        for row in prompts[: chosen.changed_rows]
+    ]
+
+
+def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
+    """The job: its template has another form for the rows after the change, or none."""
+    source = yaml.safe_load((chosen.workload / "judged.yaml").read_text())
+    notes = pq.read_table(chosen.workload / "judged.parquet").to_pylist()
+    first = notes[: chosen.narrow_rows]
+    rows = [{"id": note["id"], "text": note["text"], "form": "fitted"} for note in first]
+    rows += changed_rows(chosen, notes)
     pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
-    narrow = source["prompt"]["template"]
-    template = f"{{% if text %}}{narrow}{{% else %}}{{{{ prompt }}}}{{% endif %}}"
+    fitted = source["prompt"]["template"]
+    template = (
+        f'{{% if form == "fitted" %}}{fitted}{{% elif form == "reversed" %}}'
+        f"{reversed_fields(fitted)}{{% else %}}{{{{ text }}}}{{% endif %}}"
+    )
     stage = STAGES[chosen.stage]
     certificate = f"{slug(chosen.stage)}-{chosen.delta}.json"
     here = chosen.workload.resolve()
@@ -80,8 +108,8 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def told(out: Path, first_open: int) -> dict[str, Any]:
-    """When the audit warned, and what became of the rows before and after the first open chunk."""
+def told(out: Path, first_changed: int) -> dict[str, Any]:
+    """When the audit warned, and what became of the rows of the chunks before and after."""
     committed: list[int] = []
     drift: dict[str, Any] | None = None
     for event in events(out):
@@ -92,13 +120,13 @@ def told(out: Path, first_open: int) -> dict[str, Any]:
     records = sorted((out / "_eevp" / "commits").glob("*.json"))
     attempts = [json.loads(path.read_text())["attempt"] for path in records]
     parts = {
-        name: _part([one for one in attempts if (one["chunk_id"] >= first_open) == later])
+        name: _part([one for one in attempts if (one["chunk_id"] >= first_changed) == later])
         for name, later in (("before", False), ("after", True))
     }
     return {
-        "narrow_chunks": first_open,
+        "narrow_chunks": first_changed,
         "chunks": len(attempts),
-        "open_chunks_committed_at_the_warning": sum(c >= first_open for c in committed),
+        "changed_chunks_committed_at_the_warning": sum(c >= first_changed for c in committed),
         "warning": drift,
         **parts,
         "verify": verify(Store.open(str(out))).problems,
@@ -127,7 +155,12 @@ def main() -> None:
     if code:
         raise SystemExit(f"submit: ended with {code}")
     found = told(chosen.folder / "out", chosen.narrow_rows // chosen.chunk_rows)
-    found |= {"stage": chosen.stage, "delta": float(chosen.delta), "epsilon": EPSILON}
+    found |= {
+        "change": chosen.change,
+        "stage": chosen.stage,
+        "delta": float(chosen.delta),
+        "epsilon": EPSILON,
+    }
     print(json.dumps(found, indent=1))
     write_json(chosen.out, {"setup": setup(), **found})
 

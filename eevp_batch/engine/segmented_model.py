@@ -145,6 +145,8 @@ class SegmentedModel:
     def recut(self, exit_layers: Sequence[int]) -> SegmentedModel:
         """The same layers, not copied, cut at other exit layers; on several devices all parts.
 
+        It has none of the heads and bridges that this one uses, nor this one those that it will.
+
         Raises:
             ModelError: exit layers that do not fit.
         """
@@ -154,6 +156,8 @@ class SegmentedModel:
         borders = frozenset(d for d, layer in enumerate(cuts) if layer not in exit_layers)
         parts = tuple(copy.copy(part) for part in self.parts)
         for part in parts:
+            part._heads, part.layers = {}, copy.copy(part.layers)
+            part.layers.bridges = None
             part.exit_layers, part.borders, part.parts = cuts, borders, parts
         return parts[0]
 

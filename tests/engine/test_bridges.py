@@ -169,6 +169,34 @@ def test_sharing_a_prefix_changes_nothing(prefill: str, lead: int, tiny_model_pa
     assert outputs[0] == outputs[1]
 
 
+def test_two_cuts_of_the_same_layers_have_bridges_and_heads_of_their_own(
+    tiny_llama: Path, prompts: list[Prompt]
+) -> None:
+    model = load_model(tiny_llama)
+    width = model.config.hidden_size
+    bridges = {("generated", layer): random_bridge(model, layer) for layer in LAYERS}
+    heads = {layer: random_head(width) for layer in LAYERS}
+    fitted = fitted_for(model, bridges, heads=heads)  # type: ignore[arg-type]
+    base = SegmentedModel(load_model(tiny_llama), [NUM_LAYERS])
+    plain = ExitSpec(layers=LAYERS, threshold=0.3, vocab=VocabSpec(top_k=32))
+    bridged = plain.model_copy(update={"kv": "bridge", "heads": "given"})
+    settings = {"plain": (plain, None), "bridged": (bridged, fitted)}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+    def engine_of(name: str, cut: SegmentedModel | None) -> Engine:
+        exit, of = settings[name]
+        sampling, limits = SamplingSpec(max_new_tokens=NEW_TOKENS), EngineSpec(max_batch=5)
+        own = load_model(tiny_llama) if cut is None else model
+        return build_engine(own, tokenizer, exit, sampling, limits, of, cut=cut)
+
+    expected = {name: exits_of(run(engine_of(name, None), prompts)) for name in settings}
+    assert expected["plain"] != expected["bridged"]
+    first = engine_of("bridged", base)
+    together = {"plain": engine_of("plain", first.model), "bridged": first}
+    for name in (*together, *together):  # in turns
+        assert exits_of(run(together[name], prompts)) == expected[name], name
+
+
 @pytest.mark.parametrize("layers", [[2], [2, 4]])
 def test_a_bridge_that_looks_back_sees_the_token_before(
     layers: list[int], tiny_model_path: Any

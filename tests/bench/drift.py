@@ -100,6 +100,8 @@ def write_job(chosen: argparse.Namespace, folder: Path) -> Path:
             "prefill": "bridge" if "exit.prefill=bridge" in stage.exit else "full",
         },
         "run": {"chunk_rows": chosen.chunk_rows},
+        # A small job would have begun all of its rows before the first of them is done.
+        "engine": {"max_resident": chosen.chunk_rows},
         "audit": {"full_depth_fraction": AUDITED, "stop_exits": True},
         "output": {"path": "out"},
     }

@@ -147,8 +147,9 @@ class Google(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.conditions.append(self.headers["x-goog-if-generation-match"])
-        self.answer(412 if self.path in self.taken else 200, b"")
-        self.taken.add(self.path)
+        is_taken = self.path in self.taken
+        self.taken.add(self.path)  # before the answer, for the next request comes at once
+        self.answer(412 if is_taken else 200, b"")
 
     def do_GET(self) -> None:
         self.answer(200, b'{"name": "out/record", "bucket": "bucket", "size": "1"}')

@@ -50,7 +50,7 @@ class FaultyApp:
     """
 
     app: Any
-    hang_s: float = 2.0
+    hang_s: float = 6.0
     injected: list[tuple[Fault, str]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     _plans: list[_Plan] = field(default_factory=list)

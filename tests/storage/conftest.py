@@ -47,7 +47,8 @@ def s3(_s3: S3Server) -> Iterator[S3Server]:
 def open_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Store]:
     """`open_s3(path)`: a store whose client leaves every other try to `retries`, in a hurry."""
     monkeypatch.setattr(location, "CLIENT_TRIES", 1)
-    monkeypatch.setattr(location, "REQUEST_TIMEOUT_S", 1.0)
+    # Longer than a busy machine takes for an answer, shorter than a server that hangs.
+    monkeypatch.setattr(location, "REQUEST_TIMEOUT_S", 3.0)
 
     def opened(path: str) -> Store:
         store = Store.open(s3.uri(path))

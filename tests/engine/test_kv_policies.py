@@ -225,9 +225,8 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(
     }
     mixed = run(make_engine(any_tiny_model, max_batch=7, **settings), prompts[:12])
     one = {"max_resident": 1}
-    alone = run(make_engine(any_tiny_model, max_batch=1, limits=one, **settings), prompts[:7])
-    for key in alone:
-        generation = mixed[key]
+    alone = run(make_engine(any_tiny_model, max_batch=1, limits=one, **settings), prompts[:12])
+    for key, generation in mixed.items():
         assert alone[key].token_ids == generation.token_ids, f"row {key} depends on its batch"
         assert alone[key].exit_layers == generation.exit_layers
         assert alone[key].exit_confidences == pytest.approx(generation.exit_confidences, abs=1e-4)

@@ -115,7 +115,7 @@ def test_minutes_become_steps(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_what_was_done_to_a_model_is_undone(
     family: str, tiny_model_path: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -82,9 +82,7 @@ class DecoderPart:
 
     def head_weight(self) -> torch.Tensor:
         """[V, E] of the head, for good: where it lies in its file, or a copy."""
-        if self.is_tied:
-            return self._for_good(self.head, EMBEDDING)
-        return self._for_good(self.head, HEAD)
+        return self._for_good(self.head, EMBEDDING if self.is_tied else HEAD)
 
     def embedding_weight(self) -> torch.Tensor:
         """[V, E] of the embedding, as `head_weight`."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eevp_batch.errors import JobFailedError
+from eevp_batch.report.summary import unreadable
 from eevp_batch.report.vocabulary import CLASSES, Vocabulary
 from eevp_batch.storage.store import Store
 
@@ -169,9 +169,7 @@ def _read(store: Store, rel: str, grouped: list[str]) -> Any:
             ]
             return file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise JobFailedError(
-            f"{store.text}: {rel}: cannot be read ({error}); `eevp-batch verify` tells more"
-        ) from error
+        raise unreadable(store, rel, error) from error
 
 
 class _Reader:

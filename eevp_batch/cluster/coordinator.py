@@ -82,6 +82,7 @@ class Coordinator:
             time.monotonic(),
             backlog.retried_rows or plan.num_rows,
             0 if backlog.is_retry else totals.rows,
+            spec.sampling.n,
         )
         self._deaths = DeathWatch(fleet.slots, spec.run)
         self._staffing = Staffing(

@@ -110,15 +110,22 @@ class Meter:
         now_s: monotonic time of the run's start.
         rows_total: rows that the run is about, those of earlier runs that count as done included.
         rows_before: rows that count as done at its start.
+        samples: generations of a row; a replica holds each of them as a sequence of its own.
 
     Attributes:
         rows_settled: rows done for good.
     """
 
     def __init__(
-        self, committed: ChunkStats, now_s: float, rows_total: int, rows_before: int
+        self,
+        committed: ChunkStats,
+        now_s: float,
+        rows_total: int,
+        rows_before: int,
+        samples: int = 1,
     ) -> None:
         self._rows_total, self._rows_before = rows_total, rows_before
+        self._samples = samples
         self.rows_settled = rows_before
         self._histogram = Counter(committed.exit_histogram)
         self._seen: dict[int, tuple[str, LoopProgress]] = {}
@@ -210,5 +217,5 @@ class Meter:
         rows = rows_done - self._rows_before
         left = self._rows_total - rows_done
         held = sum(progress.max_resident for _, progress in self._seen.values())
-        half = min(left, held) / 2
+        half = min(left, held / self._samples) / 2
         return (left - half) * self.working_s(now_s) / (rows + half) if rows > 0 else None

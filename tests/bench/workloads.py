@@ -24,6 +24,7 @@ from tests.bench.workloads_steps import (
     KV_POLICIES,
     STAGES,
     STEPS,
+    TARGETS,
     Bench,
     Json,
     certified_setting,
@@ -54,7 +55,11 @@ def options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--fit-rows", type=int, default=350)
     parser.add_argument("--calibration-rows", type=int, default=450)
-    parser.add_argument("--judged-rows", type=int, default=200)
+    parser.add_argument("--judged-rows", type=int, default=192)
+    parser.add_argument(
+        "--targets", type=_numbers, default=list(TARGETS),
+        help="unchanged tokens that the search of layers asks for; the next where none pays",
+    )  # fmt: skip
     parser.add_argument("--deltas", type=_numbers, default=[0.01, 0.02, 0.05])
     parser.add_argument("--settings", type=int, default=12, help="thresholds that are tried")
     parser.add_argument("--rounds", type=int, default=2)
@@ -92,6 +97,7 @@ def bench_of(name: str, chosen: argparse.Namespace) -> Bench:
         sizes=sizes,
         deltas=chosen.deltas,
         settings=chosen.settings,
+        targets=chosen.targets,
         rounds=chosen.rounds,
         processes=chosen.processes,
         finished=dict(chosen.finished).get(name),

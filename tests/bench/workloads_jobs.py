@@ -91,10 +91,12 @@ class Workload:
 
 
 def corpus(sizes: Sizes, source: Path | None) -> Workload:
-    """The prompts of jobs/corpus.yaml, in random order."""
-    table = pq.read_table(ROOT / "jobs" / "prompts", columns=["id", "prompt"])
-    rows = _shuffled(table.to_pylist(), sizes.seed)
-    return _cut(rows, sizes, _chat_job(max_new_tokens=48))
+    """The demo: rows of jobs/corpus.yaml are judged, its other prompts learned from, shuffled."""
+    demo = yaml.safe_load((ROOT / "jobs" / "corpus.yaml").read_text())
+    rows = pq.read_table(ROOT / "jobs" / "prompts", columns=["id", "prompt"]).to_pylist()
+    own, others = rows[: demo["input"]["limit"]], rows[demo["input"]["limit"] :]
+    chosen = _shuffled(others, sizes.seed)[: sizes.learned] + own[: sizes.judged]
+    return _cut(chosen, sizes, _chat_job(demo["sampling"]["max_new_tokens"]))
 
 
 def extract(sizes: Sizes, source: Path | None) -> Workload:

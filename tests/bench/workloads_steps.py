@@ -46,7 +46,6 @@ LOOKED_AT = 64
 PERPLEXITY_ROWS = 128
 CHARGE_TO = 20_000
 TARGETS = (0.99, 0.95, 0.9)
-"""Of the search of exit layers; the next one where none pays at the one before."""
 STOCK_LAYERS = "20,25"
 """Where none pays at any of them: those of jobs/corpus.yaml."""
 
@@ -90,6 +89,7 @@ class Bench:
         dtype: number type that it runs in.
         deltas: risks to certify.
         settings: of thresholds, that are tried on the tuning rows.
+        targets: of the search of exit layers; the next one where none pays at the one before.
         rounds, processes: of the timed part.
         finished: a full-depth output that is there already.
     """
@@ -101,6 +101,7 @@ class Bench:
     dtype: str
     deltas: Sequence[float]
     settings: int
+    targets: Sequence[float]
     rounds: int
     processes: int
     finished: Path | None = None
@@ -188,7 +189,7 @@ def fit(bench: Bench) -> Json:
         if options is None:
             continue
         rows = ("--from", str(bench.out), "--rows", str(bench.sizes.fit), "--json")
-        tries: list[tuple[str, ...]] = [("--target", str(target)) for target in TARGETS]
+        tries: list[tuple[str, ...]] = [("--target", str(target)) for target in bench.targets]
         if found:
             tries = [("--layers", ",".join(map(str, bench.layers())))]
         for more in [*tries, ("--layers", STOCK_LAYERS)]:

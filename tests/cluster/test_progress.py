@@ -51,6 +51,14 @@ def test_rows_under_way_count_for_the_time_left() -> None:
     assert late is not None and 0 < late < 2
 
 
+def test_a_row_of_several_samples_is_under_way_once() -> None:
+    """64 sequences are 16 rows of 4 samples each."""
+    meter = Meter(ChunkStats(), 0.0, 192, 0, samples=4)
+    meter.replica_is_ready(0.0)
+    meter.update(0, "eevp-replica-0", LoopProgress(max_resident=64))
+    assert meter.eta_s(56, 64.0) == pytest.approx(128.0), "64 rows of work in 64 s, 128 left"
+
+
 def test_the_window_forgets_what_is_long_ago() -> None:
     meter = Meter(ChunkStats(), 0.0, 150, 0)
     meter.replica_is_ready(0.0)

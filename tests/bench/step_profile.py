@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from eevp_batch.engine import engine as engine_module
 from eevp_batch.engine import exits as exits_module
+from eevp_batch.engine import stage as stage_module
 from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fused import FusedLayers, PackedLinear
 from eevp_batch.engine.load import load
@@ -68,7 +68,7 @@ def watch_all(engine: Engine) -> Clock:
     clock, layers = Clock(), engine._model.layers
     if not isinstance(layers, FusedLayers):
         raise SystemExit("the CPU kernels are not in use here, see the log")
-    for layer in layers._layers:
+    for layer in layers._layers.values():
         for name in ("qkv", "out", "gate_up", "down"):
             clock.watch(layer, name, name)
     clock.watch(layers, "_head", "head")
@@ -76,8 +76,8 @@ def watch_all(engine: Engine) -> Clock:
     clock.watch(layers, "_norm", "norm")
     clock.watch(layers, "_silu_mul", "silu")
     clock.watch(exits_module, "summarise", "scores read")
-    clock.watch(engine_module, "pack", "pack")
-    clock.watch(engine, "_record", "record")
+    clock.watch(stage_module, "pack", "pack")
+    clock.watch(engine._results, "record", "record")
     clock.watch(engine, "step", "step")
     return clock
 

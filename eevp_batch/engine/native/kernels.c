@@ -12,8 +12,20 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
+
+/* Floats in a register. GCC keeps a vector that fits into none in memory: on a processor with AVX2,
+ * attention with vectors of 16 took three times as long. */
+#ifndef LANES
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #endif
 
 #define PAGE 16        /* tokens per page, see kv_cache.PAGE_SIZE */
@@ -22,10 +34,10 @@
 #define MAX_QUERIES 4 /* query vectors that share one pass over a page */
 #define MAX_HEAD 256
 
-typedef float vec16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t uvec16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t hvec16 __attribute__((vector_size(32), aligned(2)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef float vec8 __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t uvec8 __attribute__((vector_size(32), aligned(4)));
 typedef uint16_t hvec8 __attribute__((vector_size(16), aligned(2)));
@@ -33,20 +45,20 @@ typedef uint16_t hvec8 __attribute__((vector_size(16), aligned(2)));
 #ifdef EEVP_BF16
 typedef uint16_t elem;
 
-static inline vec16 load16(const elem *p) {
-#ifdef __AVX512F__ /* one instruction; GCC 12 makes four of the portable form */
-    return (vec16)((uvec16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
+static inline vec load(const elem *p) {
+#if LANES == 16 && defined(__AVX512F__) /* one instruction; GCC 12 makes four of the other form */
+    return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
 #else
-    return (vec16)(__builtin_convertvector(*(const hvec16 *)p, uvec16) << 16);
+    return (vec)(__builtin_convertvector(*(const hvec *)p, uvec) << 16);
 #endif
 }
 static inline vec8 load8(const elem *p) {
     return (vec8)(__builtin_convertvector(*(const hvec8 *)p, uvec8) << 16);
 }
 /* Round to nearest, ties to even. */
-static inline void store16(elem *p, vec16 x) {
-    uvec16 u = (uvec16)x;
-    *(hvec16 *)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec16);
+static inline void store(elem *p, vec x) {
+    uvec u = (uvec)x;
+    *(hvec *)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec);
 }
 static inline void store8(elem *p, vec8 x) {
     uvec8 u = (uvec8)x;
@@ -63,53 +75,57 @@ static inline void store1(elem *p, float f) {
 #else
 typedef float elem;
 
-static inline vec16 load16(const elem *p) { return *(const vec16 *)p; }
+static inline vec load(const elem *p) { return *(const vec *)p; }
 static inline vec8 load8(const elem *p) { return *(const vec8 *)p; }
-static inline void store16(elem *p, vec16 x) { *(vec16 *)p = x; }
+static inline void store(elem *p, vec x) { *(vec *)p = x; }
 static inline void store8(elem *p, vec8 x) { *(vec8 *)p = x; }
 static inline float load1(const elem *p) { return *p; }
 static inline void store1(elem *p, float f) { *p = f; }
 #endif
 
-static inline vec16 splat16(float x) { return (vec16){0} + x; }
+static inline vec splat(float x) { return (vec){0} + x; }
 
-static inline float sum16(vec16 x) {
+static inline float sum_of(vec x) {
     float total = 0;
-    for (int i = 0; i < 8; i++) total += x[i] + x[i + 8];
+    for (int i = 0; i < LANES / 2; i++) total += x[i] + x[i + LANES / 2];
     return total;
 }
 
-static inline float max16(vec16 x) {
-#ifdef __AVX512F__
+static inline float max_of(vec x) {
+#if LANES == 16 && defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
+#elif LANES == 8 && defined(__AVX__)
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 #endif
     float best = x[0];
-    for (int i = 1; i < 16; i++) best = x[i] > best ? x[i] : best;
+    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
 
-static inline vec16 pick16(ivec16 mask, vec16 yes, vec16 no) {
-    return (vec16)((mask & (ivec16)yes) | (~mask & (ivec16)no));
+static inline vec pick(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
 /* exp(x): 2^n * p(r), |r| <= ln 2 / 2, a degree 6 polynomial; 0 below -87.3, relative error about
  * 1e-7. NaN stays NaN. */
-static inline vec16 exp16(vec16 x) {
-    ivec16 under = x < splat16(-87.3f);
-    x = pick16(x > splat16(88.0f), splat16(88.0f), x);
-    vec16 safe = pick16(under, splat16(0), x);
-    vec16 scaled = safe * 1.44269504f;
+static inline vec exp_of(vec x) {
+    ivec under = x < splat(-87.3f);
+    x = pick(x > splat(88.0f), splat(88.0f), x);
+    vec safe = pick(under, splat(0), x);
+    vec scaled = safe * 1.44269504f;
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
-    vec16 n = (scaled + magic) - magic;
-    vec16 r = safe - n * 0.693359375f + n * 2.12194440e-4f;
-    vec16 p = r * 1.3888889e-3f + 8.3333333e-3f;
+    vec n = (scaled + magic) - magic;
+    vec r = safe - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.3888889e-3f + 8.3333333e-3f;
     p = p * r + 4.1666667e-2f;
     p = p * r + 1.6666667e-1f;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    ivec16 power = (__builtin_convertvector(n, ivec16) + 127) << 23;
-    return pick16(under, splat16(0), p * (vec16)power);
+    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return pick(under, splat(0), p * (vec)power);
 }
 
 /* x [N, E] += delta [N, E] where there is one; out [N, E] = x / rms(x) * weight [E]. */
@@ -118,25 +134,25 @@ void eevp_norm(float *x, const elem *delta, const float *weight, float eps, elem
 #pragma omp parallel for if (rows * width > 8192)
     for (int64_t n = 0; n < rows; n++) {
         float *row = x + n * width;
-        vec16 squares = {0};
-        for (int64_t i = 0; i < width; i += 16) {
-            vec16 v = *(vec16 *)(row + i);
+        vec squares = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec v = *(vec *)(row + i);
             if (delta) {
-                v += load16(delta + n * width + i);
-                *(vec16 *)(row + i) = v;
+                v += load(delta + n * width + i);
+                *(vec *)(row + i) = v;
             }
             squares += v * v;
         }
-        float scale = 1.0f / sqrtf(sum16(squares) / (float)width + eps);
-        for (int64_t i = 0; i < width; i += 16)
-            store16(out + n * width + i, *(vec16 *)(row + i) * scale * *(const vec16 *)(weight + i));
+        float scale = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
+        for (int64_t i = 0; i < width; i += LANES)
+            store(out + n * width + i, *(vec *)(row + i) * scale * *(const vec *)(weight + i));
     }
 }
 
 /* x += delta, `size` elements. */
 void eevp_add(float *x, const elem *delta, int64_t size) {
 #pragma omp parallel for if (size > 8192)
-    for (int64_t i = 0; i < size; i += 16) *(vec16 *)(x + i) += load16(delta + i);
+    for (int64_t i = 0; i < size; i += LANES) *(vec *)(x + i) += load(delta + i);
 }
 
 /* out [N, I] = silu(gate) * up, of gate_up [N, 2 I]. */
@@ -144,9 +160,9 @@ void eevp_silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width) 
 #pragma omp parallel for if (rows * width > 8192)
     for (int64_t n = 0; n < rows; n++) {
         const elem *gate = gate_up + n * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i += 16) {
-            vec16 g = load16(gate + i);
-            store16(out + n * width + i, g / (1.0f + exp16(-g)) * load16(up + i));
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec g = load(gate + i);
+            store(out + n * width + i, g / (1.0f + exp_of(-g)) * load(up + i));
         }
     }
 }
@@ -230,17 +246,20 @@ typedef struct {
     static inline void score_page_##R(const Queries *qs, const elem *key,               \
                                       const elem *value, int64_t D,                     \
                                       float (*scores)[CHUNK], int64_t at) {             \
-        vec16 even[R], odd[R];                                                          \
-        for (int r = 0; r < R; r++) even[r] = odd[r] = (vec16){0};                      \
-        for (int64_t d = 0; d < D; d += 2) {                                            \
-            fetch(value + d * PAGE);                                                    \
-            vec16 k = load16(key + d * PAGE), l = load16(key + (d + 1) * PAGE);         \
-            for (int r = 0; r < R; r++) {                                               \
-                even[r] += k * qs->query[r][d];                                         \
-                odd[r] += l * qs->query[r][d + 1];                                      \
+        for (int64_t lane = 0; lane < PAGE; lane += LANES, key += LANES) {              \
+            vec even[R], odd[R];                                                        \
+            for (int r = 0; r < R; r++) even[r] = odd[r] = (vec){0};                    \
+            for (int64_t d = 0; d < D; d += 2) {                                        \
+                if (lane == 0) fetch(value + d * PAGE);                                 \
+                vec k = load(key + d * PAGE), l = load(key + (d + 1) * PAGE);           \
+                for (int r = 0; r < R; r++) {                                           \
+                    even[r] += k * qs->query[r][d];                                     \
+                    odd[r] += l * qs->query[r][d + 1];                                  \
+                }                                                                       \
             }                                                                           \
+            for (int r = 0; r < R; r++)                                                 \
+                *(vec *)(scores[r] + at + lane) = even[r] + odd[r];                     \
         }                                                                               \
-        for (int r = 0; r < R; r++) *(vec16 *)(scores[r] + at) = even[r] + odd[r];      \
     }
 
 /* acc [R][D] += weights [R][PAGE] values [PAGE, D]; 16 columns (or 8) at a time. Keys that come
@@ -251,14 +270,20 @@ typedef struct {
                                       float (*acc)[MAX_HEAD]) {                         \
         int64_t c = 0;                                                                  \
         for (; c + 16 <= D; c += 16) {                                                  \
-            vec16 sums[R];                                                              \
-            for (int r = 0; r < R; r++) sums[r] = *(vec16 *)(acc[r] + c);               \
+            vec sums[R][16 / LANES];                                                    \
+            for (int r = 0; r < R; r++)                                                 \
+                for (int p = 0; p < 16 / LANES; p++)                                    \
+                    sums[r][p] = *(vec *)(acc[r] + c + p * LANES);                      \
             for (int t = 0; t < PAGE; t++) {                                            \
                 if (t % 2 == 0) fetch(later + (c + t) * PAGE);                          \
-                vec16 v = load16(value + t * D + c);                                    \
-                for (int r = 0; r < R; r++) sums[r] += v * weights[r][at + t];          \
+                for (int p = 0; p < 16 / LANES; p++) {                                  \
+                    vec v = load(value + t * D + c + p * LANES);                        \
+                    for (int r = 0; r < R; r++) sums[r][p] += v * weights[r][at + t];   \
+                }                                                                       \
             }                                                                           \
-            for (int r = 0; r < R; r++) *(vec16 *)(acc[r] + c) = sums[r];               \
+            for (int r = 0; r < R; r++)                                                 \
+                for (int p = 0; p < 16 / LANES; p++)                                    \
+                    *(vec *)(acc[r] + c + p * LANES) = sums[r][p];                      \
         }                                                                               \
         for (; c < D; c += 8)                                                           \
             for (int r = 0; r < R; r++) {                                               \
@@ -293,34 +318,35 @@ static inline void add_values(int R, float (*weights)[CHUNK], int64_t at, const 
  * page more or less, which batch mates bring, changes nothing. */
 static void soften(float *scores, int64_t start, int64_t count, int64_t first, int64_t last,
                    float *best, float *total, float *acc, int64_t D) {
-    vec16 tops = splat16(-INFINITY);
-    const ivec16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t i = 0; i < count; i += 16) {
-        vec16 s = *(vec16 *)(scores + i);
+    vec tops = splat(-INFINITY);
+    ivec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec s = *(vec *)(scores + i);
         int64_t from = first - start - i, to = last - start - i;
-        if (from > 0 || to < 15) {
-            int32_t low = from < -1 ? -1 : from > 16 ? 16 : (int32_t)from;
-            int32_t high = to < -1 ? -1 : to > 16 ? 16 : (int32_t)to;
-            ivec16 seen = (lanes >= low) & (lanes <= high);
-            s = pick16(seen, s, splat16(-INFINITY));
-            *(vec16 *)(scores + i) = s;
+        if (from > 0 || to < LANES - 1) {
+            int32_t low = from < -1 ? -1 : from > LANES ? LANES : (int32_t)from;
+            int32_t high = to < -1 ? -1 : to > LANES ? LANES : (int32_t)to;
+            ivec seen = (lanes >= low) & (lanes <= high);
+            s = pick(seen, s, splat(-INFINITY));
+            *(vec *)(scores + i) = s;
         }
-        tops = pick16(s > tops, s, tops);
+        tops = pick(s > tops, s, tops);
     }
-    float top = max16(tops);
+    float top = max_of(tops);
     if (top < *best) top = *best;
     if (top == -INFINITY) { /* nothing to see yet */
-        for (int64_t i = 0; i < count; i += 16) *(vec16 *)(scores + i) = splat16(0);
+        for (int64_t i = 0; i < count; i += LANES) *(vec *)(scores + i) = splat(0);
         return;
     }
-    float shrink = *best == -INFINITY ? 0.0f : exp16(splat16(*best - top))[0];
-    vec16 sums = {0};
-    for (int64_t i = 0; i < count; i += 16) {
-        vec16 weight = exp16(*(vec16 *)(scores + i) - top);
-        *(vec16 *)(scores + i) = weight;
+    float shrink = *best == -INFINITY ? 0.0f : exp_of(splat(*best - top))[0];
+    vec sums = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec weight = exp_of(*(vec *)(scores + i) - top);
+        *(vec *)(scores + i) = weight;
         sums += weight;
     }
-    *total = *total * shrink + sum16(sums);
+    *total = *total * shrink + sum_of(sums);
     *best = top;
     for (int64_t d = 0; d < D; d += 8) *(vec8 *)(acc + d) *= shrink;
 }
@@ -429,12 +455,13 @@ void eevp_attention(const Attention *a) {
 #define SELECT_BINS 1024
 #define SCORE_BLOCK 32 /* columns per maximum, see score_summary.BLOCK */
 
-static inline vec16 larger16(vec16 x, vec16 y) {
-#ifdef __AVX512F__
-    return (vec16)_mm512_max_ps((__m512)x, (__m512)y);
-#else
-    return pick16(x > y, x, y);
+static inline vec larger(vec x, vec y) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LANES == 8 && defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)x, (__m256)y);
 #endif
+    return pick(x > y, x, y);
 }
 
 /* Of each row of scores [B, C]: the maximum of every block [B, ceil(C / 32)], log sum exp(x - m)
@@ -449,7 +476,9 @@ void eevp_summary(const elem *scores, int64_t rows, int64_t columns, int64_t str
         const elem *row = scores + n * stride;
         float *maxima = blocks + n * num_blocks, best = -INFINITY;
         for (int64_t i = 0; i < whole; i += SCORE_BLOCK) {
-            float found = max16(larger16(load16(row + i), load16(row + i + 16)));
+            vec most = load(row + i);
+            for (int p = LANES; p < SCORE_BLOCK; p += LANES) most = larger(most, load(row + i + p));
+            float found = max_of(most);
             maxima[i / SCORE_BLOCK] = found;
             best = found > best ? found : best;
         }
@@ -462,14 +491,14 @@ void eevp_summary(const elem *scores, int64_t rows, int64_t columns, int64_t str
             maxima[num_blocks - 1] = found;
             best = found > best ? found : best;
         }
-        vec16 sum[2] = {{0}}, weighted[2] = {{0}};
+        vec sum[2] = {{0}}, weighted[2] = {{0}};
         for (int64_t i = 0; i < whole; i += SCORE_BLOCK)
-            for (int half = 0; half < 2; half++) {
-                vec16 x = load16(row + i + 16 * half) - best, e = exp16(x);
-                sum[half] += e;
-                weighted[half] += e * x;
+            for (int p = 0; p < SCORE_BLOCK / LANES; p++) {
+                vec x = load(row + i + p * LANES) - best, e = exp_of(x);
+                sum[p % 2] += e;
+                weighted[p % 2] += e * x;
             }
-        float total = sum16(sum[0] + sum[1]), product = sum16(weighted[0] + weighted[1]);
+        float total = sum_of(sum[0] + sum[1]), product = sum_of(weighted[0] + weighted[1]);
         for (int64_t i = whole; i < columns; i++) {
             float x = load1(row + i) - best, e = expf(x);
             total += e;
@@ -590,13 +619,13 @@ void eevp_gathered(const elem *states, const elem *weight, const int32_t *ids, e
     for (int64_t n = 0; n < rows; n++)
         for (int64_t j = 0; j < k; j++) {
             const elem *state = states + n * width, *w = weight + (int64_t)ids[n * k + j] * width;
-            vec16 sum[2] = {{0}};
+            vec sum[2] = {{0}};
             int64_t i = 0;
-            for (; i + 32 <= width; i += 32) {
-                sum[0] += load16(state + i) * load16(w + i);
-                sum[1] += load16(state + i + 16) * load16(w + i + 16);
+            for (; i + 2 * LANES <= width; i += 2 * LANES) {
+                sum[0] += load(state + i) * load(w + i);
+                sum[1] += load(state + i + LANES) * load(w + i + LANES);
             }
-            if (i < width) sum[0] += load16(state + i) * load16(w + i);
-            store1(out + n * k + j, sum16(sum[0] + sum[1]));
+            for (; i < width; i += LANES) sum[0] += load(state + i) * load(w + i);
+            store1(out + n * k + j, sum_of(sum[0] + sum[1]));
         }
 }

@@ -14,7 +14,7 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.load import build_engine
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
-from tests.bench import audit_delay, forced_trace, gpu, guarantee, scaling, throughput
+from tests.bench import audit_delay, forced_trace, gpu, guarantee, scaling, step_profile, throughput
 from tests.bench.costs import Costs, Exit, Work
 from tests.bench.gpu import NoText
 from tests.bench.quality import Judge, agreement
@@ -220,6 +220,26 @@ def test_a_forced_trace_holds_ideal_and_measured_side_by_side(
     assert mean["forced_out"] + mean["held_back"] > 0
     assert rows["verify", 0.5]["ideal"] < rows["recompute", 0.5]["ideal"] < ours["ideal"]
     assert "f = 0, recompute, layer 2: loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_are_the_whole_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"step_profile --model {tiny_llama} --dtype float32 --batch 6 --context 30 --steps 4"
+    command += f" --threads {torch.get_num_threads()} --out {tmp_path}/r"
+    monkeypatch.setattr(sys, "argv", command.split())
+    for owner, name in (
+        (step_profile.exits_module, "summarise"),
+        (step_profile.stage_module, "pack"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back: a clock stays around it
+    step_profile.main()
+    found = json.loads((tmp_path / "r").read_text())
+    assert {*step_profile.REASONS, "else"} == {row["part"] for row in found["parts"]}
+    assert all(row["ms"] > 0 for row in found["parts"])
+    assert sum(row["ms"] for row in found["parts"]) == pytest.approx(found["step_ms"])
+    assert 24 < found["context"] < 40, "tokens per sequence, about as many as were asked for"
 
 
 @pytest.mark.slow

@@ -140,8 +140,9 @@ def profile(chosen: argparse.Namespace) -> dict[str, Any]:
     )
     engine._results.end_ids = frozenset()
     first = max(1, chosen.context - chosen.steps // 2)
+    ids = min(1000, engine.model.vocab_size - 5)
     for row in range(chosen.batch):
-        engine.add(Prompt(row, [5 + (row + i) % 1000 for i in range(first)]))
+        engine.add(Prompt(row, [5 + (row + i) % ids for i in range(first)]))
     while engine.pool.num_free_seats:
         engine.step()
     for _ in range(spare):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eevp_batch.engine.fitted import Affine, ExitHead, MlpHead
+from eevp_batch.engine.packed_linear import lacks_products
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.errors import UsageError
 from eevp_batch.tune.heads import (
@@ -311,7 +312,7 @@ def kl_of_scores(
     model: SegmentedModel, scores: torch.Tensor, ids: torch.Tensor, probabilities: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
     """As `kl_and_gradient`, of scores [B, V] that are there."""
-    dtype, scores = model.dtype, scores.float()
+    scores = scores.float()
     log_q = scores.log_softmax(-1)
     inside = log_q.gather(1, ids)
     left_p = (1 - probabilities.sum(-1)).clamp(min=0.0)
@@ -322,7 +323,13 @@ def kl_of_scores(
         left_p, loss = torch.zeros_like(left_p), terms.sum(-1)
     gradient = log_q.exp_().mul_((1 - left_p / left_q)[:, None])
     gradient.scatter_(1, ids, inside.exp() - probabilities)
-    return float(loss.mean()), (gradient.to(dtype) @ model.head_weight).float()
+    return float(loss.mean()), _times_weight(gradient, model.head_weight)
+
+
+def _times_weight(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, V] float32 times [V, E] -> [B, E] float32; a weight is widened where `PackedLinear` is."""
+    dtype = torch.float32 if lacks_products(weight) else weight.dtype
+    return (gradient.to(dtype) @ weight.to(dtype)).float()
 
 
 def head_figures(fit: HeadFit, held_out: Taught, num_tokens: int) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def kl_of_scores(
 
 
 def _times_weight(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[B, V] float32 times [V, E] -> [B, E] float32; a weight is widened where `PackedLinear` is."""
+    """[B, V] times [V, E] -> [B, E] float32; the weight is widened where `PackedLinear` is."""
     dtype = torch.float32 if lacks_products(weight) else weight.dtype
     return (gradient.to(dtype) @ weight.to(dtype)).float()
 

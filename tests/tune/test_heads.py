@@ -10,6 +10,7 @@ import torch
 
 from eevp_batch.engine.fitted import Affine, unit_state
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.tune import head_training
 from eevp_batch.tune.head_training import HeadSettings, fit_head, kl_and_gradient
 from eevp_batch.tune.heads import (
     Choices,
@@ -72,6 +73,18 @@ def test_the_gradient_is_that_of_autograd(model: SegmentedModel, k: int) -> None
     loss, gradient = kl_and_gradient(model, normed.detach(), ids, teacher)
     assert loss == pytest.approx(expected.mean().item(), abs=1e-4)
     torch.testing.assert_close(gradient, normed.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_cpu_without_bfloat16_products_is_not_asked_for_one(
+    lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_training, "lacks_products", lambda weight: lacks)
+    gradient, weight = torch.randn(6, 320), torch.randn(320, 64).bfloat16()
+    found, exact = head_training._times_weight(gradient, weight), gradient @ weight.float()
+    assert found.dtype == torch.float32
+    error = float((found - exact).abs().max() / exact.abs().max())
+    assert error < 1e-5 if lacks else 1e-4 < error < 2e-2, "bfloat16 keeps three digits"
 
 
 def known(model: SegmentedModel, count: int, seed: int) -> Taught:

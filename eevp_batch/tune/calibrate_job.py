@@ -17,7 +17,7 @@ from eevp_batch.model_config import ModelConfig
 from eevp_batch.spec import ExitSpec, JobSpec, PValueKind
 from eevp_batch.tune.calibrate import GRID, Risk, calibrate
 from eevp_batch.tune.calibration_result import CalibrationResult
-from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.costs import measured_costs, with_prompts
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm
 from eevp_batch.tune.outputs import full_depth_rows
 from eevp_batch.tune.replay import ReplaySettings
@@ -157,7 +157,7 @@ def calibrate_rows(
         parts.calibration,
         delta=options.delta,
         epsilon=options.epsilon,
-        costs=job_costs(cut, spec.exit),
+        costs=job_costs(cut, spec.exit, parts.tuning),
         kind=options.kind,
         grid=options.grid,
         risk=risk,
@@ -183,12 +183,13 @@ def replay_settings(cut: CutModel, spec: JobSpec) -> ReplaySettings:
     )
 
 
-def job_costs(cut: CutModel, exit: ExitSpec) -> Costs:
+def job_costs(cut: CutModel, exit: ExitSpec, rows: Sequence[Row]) -> Costs:
     """What each part of a token costs here under a job's exits.
 
     Args:
         cut: the model, cut.
         exit: the job's exits.
+        rows: of the job, for how many prompt tokens come with a generated one.
     """
     rank = len(cut.proposal.right) if isinstance(cut.proposal, LowRankProposal) else None
     listed = cut.proposal.ids if cut.proposal is not None else None
@@ -201,6 +202,7 @@ def job_costs(cut: CutModel, exit: ExitSpec) -> Costs:
         shortlist=size,
         mlp_width=cut.model.head_mlp_width,
     )
+    costs = with_prompts(costs, rows, exit.prefill == "bridge")
     return costs if exit.heads is not None else replace(costs, exit_head=0.0)
 
 

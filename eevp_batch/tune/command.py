@@ -30,7 +30,7 @@ from eevp_batch.tune import adapter_checkpoint
 from eevp_batch.tune.adapted_fit import Adapting, fit_adapted
 from eevp_batch.tune.adapter_training import AdapterSettings
 from eevp_batch.tune.choose import choose_exits
-from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.costs import measured_costs, with_prompts
 from eevp_batch.tune.fit import FitSettings, OnProgress, fit_exits, split_rows
 from eevp_batch.tune.head_training import HeadSettings, usual_mlp_width
 from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
@@ -127,6 +127,7 @@ def run_potential(
         lenses["quick"] = fit_quick_heads(found.model, *parts, range(1, num_layers))
     say(f"looking at {len(rows)} rows after each of {num_layers} layers")
     costs = Costs.counted(found.config, proposal_rank=PROPOSAL_RANK)
+    costs = with_prompts(costs, rows, bridged=False)
     return measure_potential(found.model, rows, lenses, costs, target).to_json()
 
 
@@ -238,7 +239,7 @@ def run_fit(
     }
     layers = sorted(options.layers)
     if not layers:
-        layers, facts["search"] = _searched(model, rows, options, say)
+        layers, facts["search"] = _searched(model, rows, spec, options, say)
     settings = FitSettings(
         layers,
         bridge_rank=options.bridge_rank,
@@ -278,7 +279,7 @@ def _training(spec: JobSpec, options: FitOptions) -> AdapterSettings | None:
 
 
 def _searched(
-    model: SegmentedModel, rows: Sequence[Row], options: FitOptions, say: Say
+    model: SegmentedModel, rows: Sequence[Row], spec: JobSpec, options: FitOptions, say: Say
 ) -> tuple[list[int], dict[str, Any]]:
     """The exit layers that are predicted to pay most, and the prediction.
 
@@ -294,6 +295,7 @@ def _searched(
         shortlist=options.shortlist,
         mlp_width=options.mlp_width(model.hidden_size),
     )
+    costs = with_prompts(costs, rows, spec.exit.prefill == "bridge")
     best = choose_exits(model, rows, costs, options.target)[0]
     if not best.layers:
         raise UsageError(

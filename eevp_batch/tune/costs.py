@@ -6,13 +6,15 @@ What is measured moves the choice of exits, never a result.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
-from torch.nn.functional import linear
 
 from eevp_batch.engine.exit_heads import LaidOutHead
 from eevp_batch.engine.fitted import Affine, ExitHead, MlpHead
+from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.proposals import LowRankProposal, ShortlistProposal
 from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
@@ -21,6 +23,7 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.tune.bridges import lift_size, usual_rank
 from eevp_batch.tune.heads import SCORED_ROWS
 from eevp_batch.tune.search import Costs
+from eevp_batch.tune.states import Row
 
 REPEATS = 5
 
@@ -72,8 +75,10 @@ def measured_costs(
     rank, num_inputs = bridge_rank or usual_rank(width), 2 * width + lift_size(width)
     up = torch.randn(kv_width, rank, device=weight.device).to(weight.dtype)
     down = torch.randn(rank, num_inputs, device=weight.device).to(weight.dtype)
+    write, read = PackedLinear(up), PackedLinear(down)
     inputs = torch.randn(len(rows), num_inputs, device=weight.device).to(weight.dtype)
-    reading = per_row(lambda: linear(inputs, down))  # once for all layers
+    middle = inputs[:, :rank].contiguous()
+    reading = per_row(lambda: read(inputs))  # once for all layers
     exit_head = _random_head(width, mlp_width, weight)
     return Costs(
         num_layers=model.num_layers,
@@ -82,8 +87,24 @@ def measured_costs(
         proposal=proposal,
         rescoring=rescoring,
         exit_head=per_row(lambda: exit_head(rows)),
-        bridge=per_row(lambda: linear(inputs[:, :rank], up)) + reading / model.num_layers,
+        bridge=per_row(lambda: write(middle)) + reading / model.num_layers,
     )
+
+
+def with_prompts(costs: Costs, rows: Sequence[Row], bridged: bool) -> Costs:
+    """The same costs, and those of the prompt tokens that rows like these bring along.
+
+    Args:
+        costs: of generated tokens.
+        rows: of the job; what all of their prompts begin with is computed once, and costs nothing.
+        bridged: whether prompts run to the first exit layer only (`exit.prefill: bridge`).
+    """
+    prompts = [list(row.prompt_ids) for row in rows]
+    pairs = zip(min(prompts), max(prompts), strict=False)  # what these two share, all do
+    shared = 0 if len(rows) == 1 else len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    computed = sum(len(prompt) - shared for prompt in prompts)
+    generated = sum(len(row.generated_ids) for row in rows)
+    return replace(costs, prompts=computed / generated, bridges_prompts=bridged)
 
 
 def _random_head(width: int, mlp_width: int | None, like: torch.Tensor) -> LaidOutHead:

@@ -34,6 +34,8 @@ class Costs:
         rescoring: the kept ids scored at a later exit.
         exit_head: the fitted head before the final norm.
         bridge: keys and values of one skipped layer.
+        prompts: prompt tokens that are computed for each generated one, see `with_prompts`.
+        bridges_prompts: whether they run to the first exit layer only.
     """
 
     num_layers: int
@@ -43,6 +45,8 @@ class Costs:
     rescoring: float
     exit_head: float
     bridge: float
+    prompts: float = 0.0
+    bridges_prompts: bool = False
 
     @classmethod
     def counted(
@@ -87,17 +91,19 @@ class Costs:
 
     @property
     def full_depth(self) -> float:
-        """A token without exits."""
-        return self.num_layers * self.layer + self.head
+        """A generated token without exits, and the prompt tokens that come with it."""
+        return (1 + self.prompts) * self.num_layers * self.layer + self.head
 
     def with_exits(self, layers: Sequence[int], shares: Sequence[float]) -> float:
-        """A token on average.
+        """A generated token on average, and the prompt tokens that come with it.
 
         Args:
             layers: exit layers, the last layer apart, increasing.
             shares: of all tokens, who leaves after each.
         """
-        total, before, staying = 0.0, 0, 1.0
+        run = layers[0] if layers and self.bridges_prompts else self.num_layers
+        total = self.prompts * (run * self.layer + (self.num_layers - run) * self.bridge)
+        before, staying = 0, 1.0
         for position, (layer, share) in enumerate(zip(layers, shares, strict=True)):
             asking = self.exit_head + self.rescoring if position else self.exit_check
             total += staying * ((layer - before) * self.layer + asking)

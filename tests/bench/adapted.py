@@ -92,7 +92,7 @@ def replayed(chosen: argparse.Namespace, folder: Path, rows: list[Row]) -> dict[
     job = prepare(chosen.job, [*chosen.overrides, *exits])
     weights, tokenizer, *_ = load_job_model(job.spec, job.model)
     cut = cut_model(weights, tokenizer, job.spec.exit)
-    settings, costs = replay_settings(cut, job.spec), job_costs(cut, job.spec.exit)
+    settings, costs = replay_settings(cut, job.spec), job_costs(cut, job.spec.exit, rows)
     early = cut.model.exit_layers[:-1]
     never = tuple([NEVER] * len(early))
     grid = {never}

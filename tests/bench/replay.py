@@ -96,7 +96,7 @@ def made_task(chosen: argparse.Namespace) -> Json:
         seen = str(read_manifest(Path(spec.exit.heads))["data"].get("prompt_keys", "")).split()
     draw = (chosen.source, chosen.rows, 0, seen)
     rows = full_depth_rows(spec, job.plan.fields, encoder, lambda: runs.engine(None), print, *draw)
-    settings, costs = replay_settings(cut, spec), job_costs(cut, spec.exit)
+    settings, costs = replay_settings(cut, spec), job_costs(cut, spec.exit, rows)
     grid = candidate_grid(cut.model, settings, rows, costs, chosen.delta, chosen.settings)
     never = [NEVER] * len(grid[0])
     return {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
+from eevp_batch.engine import packed_linear
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.model_config import read_model_config
 from eevp_batch.spec import ModelSpec
 from eevp_batch.tune.choose import choose_exits
-from eevp_batch.tune.costs import measured_costs
+from eevp_batch.tune.costs import measured_costs, with_prompts
 from eevp_batch.tune.search import Costs
+from eevp_batch.tune.states import Row
 from tests.engine.conftest import load_model
 from tests.tiny_models import NUM_LAYERS
 from tests.tune.rows import make_rows, without_layers
@@ -50,4 +54,33 @@ def test_every_part_takes_time(tiny_llama: Path, top_k: int | None) -> None:
     costs = measured_costs(
         model, 8, top_k, proposal_rank=8, bridge_rank=4, shortlist=64, mlp_width=5
     )
-    assert min(astuple(costs)) > 0
+    assert min(astuple(costs)[:-2]) > 0
+    assert (costs.prompts, costs.bridges_prompts) == (0.0, False), "rows say, no clock"
+
+
+def test_what_all_prompts_begin_with_is_computed_once() -> None:
+    rows = [Row([1, 2, 3, 4, 5], [7, 8]), Row([1, 2, 9], [7, 8, 9])]
+    costs = with_prompts(CHEAP, rows, bridged=True)
+    assert costs == replace(CHEAP, prompts=4 / 5, bridges_prompts=True)
+    assert with_prompts(CHEAP, rows[:1], bridged=False).prompts == 5 / 2
+
+
+def test_no_part_is_a_product_that_this_cpu_does_not_have(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or bridges, measured in bfloat16 where the engine widens them, seem dearer than layers."""
+    monkeypatch.setattr(
+        packed_linear, "lacks_products", lambda weight: weight.dtype != torch.float32
+    )
+    model = SegmentedModel(load_model(tiny_llama).to(torch.bfloat16), [NUM_LAYERS])
+    multiplied = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func in (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul):
+                multiplied.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        measured_costs(model, 8, 16, bridge_rank=4)
+    assert torch.bfloat16 not in multiplied

@@ -149,4 +149,4 @@ def test_the_width_is_known_where_costs_are_measured(fitted: Fitted) -> None:
     exits = fitted.spec(kv="bridge", vocab=VocabSpec(top_k=32))
     cut = cut_model(load_model(fitted.path), AutoTokenizer.from_pretrained(fitted.path), exits)
     assert cut.model.head_mlp_width == 6
-    assert job_costs(cut, exits).exit_head > 0
+    assert job_costs(cut, exits, [Row([3, 4, 5], [6])]).exit_head > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,17 @@ def test_cost_of_full_depth_and_of_an_exit_nobody_takes() -> None:
     assert COSTS.with_exits([3], [1.0]) == pytest.approx(everyone)
     half_each = 3 + 0.1 + 1.5 + 0.5 * 9 * 0.05 + 0.5 * (3 + 0.1 + 0.5) + 0.5 * 6 * 0.05
     assert COSTS.with_exits([3, 6], [0.5, 0.5]) == pytest.approx(half_each)
+
+
+def test_prompt_tokens_take_their_layers_with_exits_too() -> None:
+    beside = replace(COSTS, prompts=2.0)
+    assert beside.full_depth == 16.0 + 2 * 12
+    generated = COSTS.with_exits([3, 6], [0.5, 0.5])
+    assert beside.with_exits([3, 6], [0.5, 0.5]) == pytest.approx(generated + 2 * 12)
+    bridged = replace(beside, bridges_prompts=True)
+    expected = generated + 2 * (3 + 9 * 0.05)
+    assert bridged.with_exits([3, 6], [0.5, 0.5]) == pytest.approx(expected)
+    assert bridged.full_depth == beside.full_depth
 
 
 def test_the_boldest_threshold_lets_so_many_wrong_ones_through() -> None:

@@ -15,6 +15,7 @@ from eevp_batch.engine.score_summary import summarise
 from eevp_batch.records import Prompt
 from tests.engine.conftest import greedy, make_engine, run
 
+FLAGS = native.FLAGS
 NEVER = 1.5
 """A threshold that no token passes: every exit is looked at, and the output is full depth's."""
 
@@ -23,9 +24,14 @@ NEVER = 1.5
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if native.kernels(torch.float32) is None:
         pytest.skip("no C compiler, so no kernels")
-    monkeypatch.setattr(native, "FLAGS", f"{native.FLAGS} -DLANES={request.param}")
-    native.kernels.cache_clear()
+    build(monkeypatch, request.param)
     yield
+    native.kernels.cache_clear()
+
+
+def build(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    """From here on the kernels have vectors so wide."""
+    monkeypatch.setattr(native, "FLAGS", f"{FLAGS} -DLANES={lanes}")
     native.kernels.cache_clear()
 
 
@@ -58,3 +64,29 @@ def test_numbers_are_those_of_torch(dtype: torch.dtype, monkeypatch: pytest.Monk
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     torch.testing.assert_close(found.lse, expected.lse)
     torch.testing.assert_close(found.mean_log, expected.mean_log)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_the_same_to_the_last_bit_at_every_width(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = sums(dtype)
+    build(monkeypatch, 16)
+    for ours, widest in zip(here, sums(dtype), strict=True):
+        assert torch.equal(ours, widest)
+
+
+def sums(dtype: torch.dtype) -> list[torch.Tensor]:
+    """What is summed over rows: a norm, products of a few ids, log-sum-exp and entropy."""
+    generator, library = torch.Generator().manual_seed(1), native.kernels(dtype)
+    assert library is not None
+    states = torch.randn(9, 176, generator=generator)
+    weight = torch.randn(50, 176, generator=generator).to(dtype)
+    normed, scores = states.to(dtype), torch.empty(9, 6, dtype=dtype)
+    ones, ids = torch.ones(176), torch.arange(54, dtype=torch.int32).remainder(50).view(9, 6)
+    library.eevp_norm(states.data_ptr(), 0, ones.data_ptr(), 1e-5, normed.data_ptr(), 9, 176)
+    parts = (normed.data_ptr(), weight.data_ptr(), ids.data_ptr(), scores.data_ptr())
+    library.eevp_gathered(*parts, 9, 6, 176)
+    whole = summarise((torch.randn(9, 1003, generator=generator) * 3).to(dtype), mean_log=True)
+    assert whole.mean_log is not None
+    return [normed, scores, whole.lse, whole.mean_log]

@@ -85,9 +85,13 @@ static inline void store1(elem *p, float f) { *p = f; }
 
 static inline vec splat(float x) { return (vec){0} + x; }
 
-static inline float sum_of(vec x) {
+/* The sum of 16 numbers, in one order at every width: sums over rows have 16 partial sums, however
+ * many registers those take, and come out the same. */
+#define PARTS (16 / LANES)
+static inline float sum_of(const vec *x) {
     float total = 0;
-    for (int i = 0; i < LANES / 2; i++) total += x[i] + x[i + LANES / 2];
+    for (int i = 0; i < 8; i++)
+        total += x[i / LANES][i % LANES] + x[(i + 8) / LANES][(i + 8) % LANES];
     return total;
 }
 
@@ -134,15 +138,17 @@ void eevp_norm(float *x, const elem *delta, const float *weight, float eps, elem
 #pragma omp parallel for if (rows * width > 8192)
     for (int64_t n = 0; n < rows; n++) {
         float *row = x + n * width;
-        vec squares = {0};
-        for (int64_t i = 0; i < width; i += LANES) {
-            vec v = *(vec *)(row + i);
-            if (delta) {
-                v += load(delta + n * width + i);
-                *(vec *)(row + i) = v;
+        vec squares[PARTS] = {{0}};
+        for (int64_t i = 0; i < width; i += 16)
+            for (int p = 0; p < PARTS; p++) {
+                float *at = row + i + p * LANES;
+                vec v = *(vec *)at;
+                if (delta) {
+                    v += load(delta + n * width + i + p * LANES);
+                    *(vec *)at = v;
+                }
+                squares[p] += v * v;
             }
-            squares += v * v;
-        }
         float scale = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
         for (int64_t i = 0; i < width; i += LANES)
             store(out + n * width + i, *(vec *)(row + i) * scale * *(const vec *)(weight + i));
@@ -340,12 +346,13 @@ static void soften(float *scores, int64_t start, int64_t count, int64_t first, i
         return;
     }
     float shrink = *best == -INFINITY ? 0.0f : exp_of(splat(*best - top))[0];
-    vec sums = {0};
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec weight = exp_of(*(vec *)(scores + i) - top);
-        *(vec *)(scores + i) = weight;
-        sums += weight;
-    }
+    vec sums[PARTS] = {{0}};
+    for (int64_t i = 0; i < count; i += 16)
+        for (int p = 0; p < PARTS; p++) {
+            vec *at = (vec *)(scores + i + p * LANES), weight = exp_of(*at - top);
+            *at = weight;
+            sums[p] += weight;
+        }
     *total = *total * shrink + sum_of(sums);
     *best = top;
     for (int64_t d = 0; d < D; d += 8) *(vec8 *)(acc + d) *= shrink;
@@ -491,14 +498,18 @@ void eevp_summary(const elem *scores, int64_t rows, int64_t columns, int64_t str
             maxima[num_blocks - 1] = found;
             best = found > best ? found : best;
         }
-        vec sum[2] = {{0}}, weighted[2] = {{0}};
+        vec sum[2 * PARTS] = {{0}}, weighted[2 * PARTS] = {{0}};
         for (int64_t i = 0; i < whole; i += SCORE_BLOCK)
-            for (int p = 0; p < SCORE_BLOCK / LANES; p++) {
+            for (int p = 0; p < 2 * PARTS; p++) {
                 vec x = load(row + i + p * LANES) - best, e = exp_of(x);
-                sum[p % 2] += e;
-                weighted[p % 2] += e * x;
+                sum[p] += e;
+                weighted[p] += e * x;
             }
-        float total = sum_of(sum[0] + sum[1]), product = sum_of(weighted[0] + weighted[1]);
+        for (int p = 0; p < PARTS; p++) {
+            sum[p] += sum[p + PARTS];
+            weighted[p] += weighted[p + PARTS];
+        }
+        float total = sum_of(sum), product = sum_of(weighted);
         for (int64_t i = whole; i < columns; i++) {
             float x = load1(row + i) - best, e = expf(x);
             total += e;
@@ -619,13 +630,13 @@ void eevp_gathered(const elem *states, const elem *weight, const int32_t *ids, e
     for (int64_t n = 0; n < rows; n++)
         for (int64_t j = 0; j < k; j++) {
             const elem *state = states + n * width, *w = weight + (int64_t)ids[n * k + j] * width;
-            vec sum[2] = {{0}};
+            vec sum[2 * PARTS] = {{0}};
             int64_t i = 0;
-            for (; i + 2 * LANES <= width; i += 2 * LANES) {
-                sum[0] += load(state + i) * load(w + i);
-                sum[1] += load(state + i + LANES) * load(w + i + LANES);
-            }
-            for (; i < width; i += LANES) sum[0] += load(state + i) * load(w + i);
-            store1(out + n * k + j, sum_of(sum[0] + sum[1]));
+            for (; i + 32 <= width; i += 32)
+                for (int p = 0; p < 2 * PARTS; p++)
+                    sum[p] += load(state + i + p * LANES) * load(w + i + p * LANES);
+            for (int p = 0; i < width; p++, i += LANES) sum[p] += load(state + i) * load(w + i);
+            for (int p = 0; p < PARTS; p++) sum[p] += sum[p + PARTS];
+            store1(out + n * k + j, sum_of(sum));
         }
 }

@@ -46,6 +46,7 @@ LOOKED_AT = 64
 PERPLEXITY_ROWS = 128
 CHARGE_TO = 20_000
 TARGETS = (0.99, 0.95, 0.9)
+"""Of the search of exit layers, if nothing else is said; see `Bench`."""
 STOCK_LAYERS = "20,25"
 """Where none pays at any of them: those of jobs/corpus.yaml."""
 
@@ -268,7 +269,7 @@ def _certified(bench: Bench, name: str, rows: Sequence[Row]) -> Json:
         rows[tuning:],
         delta=max(bench.deltas),
         epsilon=EPSILON,
-        costs=job_costs(cut, job.spec.exit, rows),
+        costs=job_costs(cut, job.spec.exit, rows[:tuning]),
         grid=bench.settings,
         risk=risk,
         say=print,

@@ -4,7 +4,7 @@
  * is the same to the last bit whatever else is in the batch, however a prompt was cut into packs,
  * and whatever the number of threads.
  *
- * Built once per element type by build.py: -DEEVP_BF16 for bfloat16 activations, else float32.
+ * Built once per element type, see __init__.py: -DEEVP_BF16 for bfloat16 activations, else float32.
  * Sums are float32 throughout. Heads must be a multiple of 8 wide, other widths a multiple of 16.
  */
 #include <math.h>
@@ -17,7 +17,7 @@
 #endif
 
 /* Floats in a register. GCC keeps a vector that fits into none in memory: on a processor with AVX2,
- * attention with vectors of 16 took three times as long. */
+ * attention with vectors of 16 took twice as long. */
 #ifndef LANES
 #if defined(__AVX512F__)
 #define LANES 16
@@ -27,6 +27,7 @@
 #define LANES 4
 #endif
 #endif
+#define PARTS (16 / LANES) /* registers that 16 floats take */
 
 #define PAGE 16        /* tokens per page, see kv_cache.PAGE_SIZE */
 #define CHUNK_PAGES 4 /* pages between two updates of the running softmax */
@@ -87,7 +88,6 @@ static inline vec splat(float x) { return (vec){0} + x; }
 
 /* The sum of 16 numbers, in one order at every width: sums over rows have 16 partial sums, however
  * many registers those take, and come out the same. */
-#define PARTS (16 / LANES)
 static inline float sum_of(const vec *x) {
     float total = 0;
     for (int i = 0; i < 8; i++)
@@ -276,19 +276,19 @@ typedef struct {
                                       float (*acc)[MAX_HEAD]) {                         \
         int64_t c = 0;                                                                  \
         for (; c + 16 <= D; c += 16) {                                                  \
-            vec sums[R][16 / LANES];                                                    \
+            vec sums[R][PARTS];                                                         \
             for (int r = 0; r < R; r++)                                                 \
-                for (int p = 0; p < 16 / LANES; p++)                                    \
+                for (int p = 0; p < PARTS; p++)                                         \
                     sums[r][p] = *(vec *)(acc[r] + c + p * LANES);                      \
             for (int t = 0; t < PAGE; t++) {                                            \
                 if (t % 2 == 0) fetch(later + (c + t) * PAGE);                          \
-                for (int p = 0; p < 16 / LANES; p++) {                                  \
+                for (int p = 0; p < PARTS; p++) {                                       \
                     vec v = load(value + t * D + c + p * LANES);                        \
                     for (int r = 0; r < R; r++) sums[r][p] += v * weights[r][at + t];   \
                 }                                                                       \
             }                                                                           \
             for (int r = 0; r < R; r++)                                                 \
-                for (int p = 0; p < 16 / LANES; p++)                                    \
+                for (int p = 0; p < PARTS; p++)                                         \
                     *(vec *)(acc[r] + c + p * LANES) = sums[r][p];                      \
         }                                                                               \
         for (; c < D; c += 8)                                                           \

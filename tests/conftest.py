@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -76,3 +80,22 @@ def demo_model_path() -> Path:
     if os.environ.get("EEVP_REQUIRE_DEMO_MODEL") == "1":
         pytest.fail(missing)
     pytest.skip(missing)
+
+
+Figures = Callable[..., dict[str, Any]]
+"""A benchmark and its options, to what it writes."""
+
+
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figures:
+    """Runs a benchmark here, as its command would; options that hold blanks are given apart."""
+
+    def figures_of(benchmark: ModuleType, options: str, *more: str) -> dict[str, Any]:
+        out = tmp_path / "figures.json"
+        command = [benchmark.__name__, "--out", str(out), *options.split(), *more]
+        monkeypatch.setattr(sys, "argv", command)
+        benchmark.main()
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    return figures_of

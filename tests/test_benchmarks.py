@@ -26,6 +26,7 @@ from tests.bench.trace import (
     force,
     trace_leaves,
 )
+from tests.conftest import Figures
 from tests.tiny_models import NUM_LAYERS, build_model
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
@@ -33,14 +34,12 @@ PROMPTS = [[5, 6, 7, 8], [9, 10]]
 
 @pytest.mark.slow
 def test_throughput_keeps_figures_and_quality_of_every_system(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, figures: Figures
 ) -> None:
-    command = f"throughput --model {tiny_llama} --limit 4 --rounds 2 --max-new-tokens 8"
-    command += f" --systems transformers-float32,eevp-float32-off-2 --out {tmp_path}/r"
-    command += f" --threads {torch.get_num_threads()} --outputs {tmp_path}/o"
-    monkeypatch.setattr(sys, "argv", command.split())
-    throughput.main()
-    found = json.loads((tmp_path / "r").read_text())
+    options = f"--model {tiny_llama} --limit 4 --rounds 2 --max-new-tokens 8"
+    options += " --systems transformers-float32,eevp-float32-off-2"
+    options += f" --threads {torch.get_num_threads()} --outputs {tmp_path}/o"
+    found = figures(throughput, options)
     outputs = json.loads((tmp_path / "o").read_text())
     assert {"cpu", "commit", "date", "command", "torch", "threads"} <= found["setup"].keys()
     names = ["transformers-float32", "eevp-float32-off-2"]
@@ -187,17 +186,11 @@ def test_who_came_furthest_goes_on_in_a_naive_batch() -> None:
 
 @pytest.mark.slow
 def test_a_forced_trace_holds_ideal_and_measured_side_by_side(
-    tiny_llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path, figures: Figures, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = f"forced_trace --model {tiny_llama} --dtype float32 --rows 12 --new-tokens 16"
-    command += " --rounds 2 --layers 2 --fractions 0 0.5 --top-k 32"
-    command += f" --threads {torch.get_num_threads()} --out {tmp_path}/r"
-    monkeypatch.setattr(sys, "argv", command.split())
-    forced_trace.main()
-    found = json.loads((tmp_path / "r").read_text())
+    options = f"--model {tiny_llama} --dtype float32 --rows 12 --new-tokens 16"
+    options += " --rounds 2 --layers 2 --fractions 0 0.5 --top-k 32"
+    found = figures(forced_trace, f"{options} --threads {torch.get_num_threads()}")
     rows = {(row["policy"], row["fraction"]): row for row in found["rows"]}
     policies = [*forced_trace.GROUPED, *NAIVE]
     assert list(rows) == [(policy, f) for f in (0.0, 0.5) for policy in policies]
@@ -224,18 +217,15 @@ def test_a_forced_trace_holds_ideal_and_measured_side_by_side(
 
 @pytest.mark.slow
 def test_the_parts_of_a_step_are_the_whole_step(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, figures: Figures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = f"step_profile --model {tiny_llama} --dtype float32 --batch 6 --context 30 --steps 4"
-    command += f" --threads {torch.get_num_threads()} --out {tmp_path}/r"
-    monkeypatch.setattr(sys, "argv", command.split())
     for owner, name in (
         (step_profile.exits_module, "summarise"),
         (step_profile.stage_module, "pack"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back: a clock stays around it
-    step_profile.main()
-    found = json.loads((tmp_path / "r").read_text())
+    options = f"--model {tiny_llama} --dtype float32 --batch 6 --context 30 --steps 4"
+    found = figures(step_profile, f"{options} --threads {torch.get_num_threads()}")
     assert {*step_profile.REASONS, "else"} == {row["part"] for row in found["parts"]}
     assert all(row["ms"] > 0 for row in found["parts"])
     assert sum(row["ms"] for row in found["parts"]) == pytest.approx(found["step_ms"])
@@ -243,15 +233,10 @@ def test_the_parts_of_a_step_are_the_whole_step(
 
 
 @pytest.mark.slow
-def test_what_a_shared_prefix_saves_is_kept(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = f"scaling prefix --model {tiny_llama} --dtype float32 --rows 4 --prefix-tokens 70"
-    command += " --max-new-tokens 4 --rounds 1 --batch 2"
-    command += f" --threads {torch.get_num_threads()} --out {tmp_path}/r"
-    monkeypatch.setattr(sys, "argv", command.split())
-    scaling.main()
-    found = json.loads((tmp_path / "r").read_text())
+def test_what_a_shared_prefix_saves_is_kept(tiny_llama: Path, figures: Figures) -> None:
+    options = f"prefix --model {tiny_llama} --dtype float32 --rows 4 --prefix-tokens 70"
+    options += " --max-new-tokens 4 --rounds 1 --batch 2"
+    found = figures(scaling, f"{options} --threads {torch.get_num_threads()}")
     assert {"cpu", "commit", "date", "command", "torch"} <= found["setup"].keys()
     assert (found["rows"], found["prefix_tokens"], found["identical_rows"]) == (4, 70, 4)
     shared, alone = (found["systems"][name]["tokens_per_s"] for name in ("shared", "not shared"))
@@ -259,16 +244,11 @@ def test_what_a_shared_prefix_saves_is_kept(
 
 
 @pytest.mark.slow
-def test_the_gpu_script_runs_on_a_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = "gpu --device cpu --shape tiny --batches 3 --new-tokens 12 --prompt-tokens 9"
-    command += f" --rounds 1 --acceptance 1 --out {tmp_path}/r --systems"
+def test_the_gpu_script_runs_on_a_cpu(figures: Figures, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--device cpu --shape tiny --batches 3 --new-tokens 12 --prompt-tokens 9"
     systems = [gpu.CONTINUOUS, gpu.STATIC, *gpu.POLICIES]
-    monkeypatch.setattr(sys, "argv", [*command.split(), *systems])
-    gpu.main()
+    found = figures(gpu, f"{options} --rounds 1 --acceptance 1 --systems", *systems)
     assert gpu.CPU_WARNING in capsys.readouterr().out
-    found = json.loads((tmp_path / "r").read_text())
     assert found["setup"]["warning"] == gpu.CPU_WARNING
     runs = {run["system"]: run for run in found["runs"]}
     assert list(runs) == systems
@@ -292,24 +272,16 @@ def test_a_rival_that_fails_is_replaced_and_the_reason_is_said(
     assert "transformers-continuous failed (TypeError" in found["reason"]
 
 
-def test_guarantee_keeps_an_outcome_of_every_world(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = f"guarantee --repetitions 3 --rows 50 --delta 0.1 --out {tmp_path}/g.json"
-    monkeypatch.setattr(sys, "argv", command.split())
-    guarantee.main()
-    found = json.loads((tmp_path / "g.json").read_text())
+def test_guarantee_keeps_an_outcome_of_every_world(figures: Figures) -> None:
+    found = figures(guarantee, "--repetitions 3 --rows 50 --delta 0.1")
     assert found["setup"]["repetitions"] == 3
     kinds = {(row["world"], row["path"], row["certifier"]) for row in found["outcomes"]}
     assert len(kinds) == len(guarantee.WORLDS) * len(guarantee.PATHS) * len(guarantee.CERTIFIERS)
     assert all(0 <= row["violations"] <= 3 for row in found["outcomes"])
 
 
-def test_audit_delay_keeps_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = f"audit_delay --good-rows 200 --jobs 3 --good-jobs 4 --out {tmp_path}/d.json"
-    monkeypatch.setattr(sys, "argv", command.split())
-    audit_delay.main()
-    found = json.loads((tmp_path / "d.json").read_text())
+def test_audit_delay_keeps_every_case(figures: Figures) -> None:
+    found = figures(audit_delay, "--good-rows 200 --jobs 3 --good-jobs 4")
     assert len(found["cases"]) == len(audit_delay.CASES) * len(audit_delay.LENGTHS)
     for case in found["cases"]:
         assert 0 < case["median"] <= case["most"] <= 200

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.bench import drift, replay, workloads
 from tests.bench.machine import ROOT
 from tests.bench.workloads_answers import last_number, starts_with
 from tests.bench.workloads_jobs import WORKLOADS, Sizes
+from tests.conftest import Figures
 from tests.learning_jobs import save_shallow_model
 
 
@@ -71,18 +71,13 @@ def test_a_job_changes_its_prompts_in_the_middle(
 
 
 @pytest.mark.slow
-def test_a_checkout_replays_as_fast_as_itself_by_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkout_replays_as_fast_as_itself_by_count(tmp_path: Path, figures: Figures) -> None:
     questions = write_questions(tmp_path / "questions.jsonl", 60)
     workload = WORKLOADS["gsm8k"](Sizes(20, 20, 10), questions)
     workload.write(tmp_path / "w", save_shallow_model(tmp_path / "shallow"), "float32")
-    command = f"replay --job {tmp_path}/w/job.yaml --set exit.mode=on --set exit.layers=[2,4]"
-    command += " --set sampling.max_new_tokens=8 --rows 6 --settings 3 --rounds 1"
-    command += f" --beside {ROOT} --out {tmp_path}/r"
-    monkeypatch.setattr(sys, "argv", command.split())
-    replay.main()
-    found = json.loads((tmp_path / "r").read_text())
+    options = f"--job {tmp_path}/w/job.yaml --set exit.mode=on --set exit.layers=[2,4]"
+    options += " --set sampling.max_new_tokens=8 --rows 6 --settings 3 --rounds 1"
+    found = figures(replay, f"{options} --beside {ROOT}")
     assert found["rows"] == 6 and found["generated_tokens"] <= 6 * 8
     this, other = (found["checkouts"][name] for name in ("this", "other"))
     assert this["digest"] == other["digest"] and this["commit"] == other["commit"]
@@ -95,17 +90,15 @@ def test_a_checkout_replays_as_fast_as_itself_by_count(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_workload_is_taken_from_rows_to_certified_and_measured_exits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, figures: Figures, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a model whose exits are known: after layer 2 of 6 nothing changes any more."""
     model = save_shallow_model(tmp_path / "shallow")
     questions = write_questions(tmp_path / "questions.jsonl", 260)
-    command = f"workloads --folder {tmp_path}/w --workloads gsm8k --gsm8k {questions}"
-    command += f" --model {model} --dtype float32 --fit-rows 40 --calibration-rows 150"
-    command += " --judged-rows 12 --deltas 0.01,0.1 --rounds 1 --processes 1"
-    monkeypatch.setattr(sys, "argv", f"{command} --out {tmp_path}/r --plot {tmp_path}".split())
-    workloads.main()
-    found = json.loads((tmp_path / "r").read_text())["workloads"]["gsm8k"]
+    options = f"--folder {tmp_path}/w --workloads gsm8k --gsm8k {questions}"
+    options += f" --model {model} --dtype float32 --fit-rows 40 --calibration-rows 150"
+    options += " --judged-rows 12 --deltas 0.01,0.1 --rounds 1 --processes 1"
+    found = figures(workloads, f"{options} --plot {tmp_path}")["workloads"]["gsm8k"]
     assert set(found["fit"]["heads"]["layers"]) <= {1, 2, 3, 4, 5}
     assert found["look"]["lenses"][0]["oracle_saving"] >= 1 / 2, "the oracle leaves after layer 2"
     heads = found["certify"]["heads"]["deltas"]

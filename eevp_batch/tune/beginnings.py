@@ -15,6 +15,13 @@ from eevp_batch.engine.sequence import ShortPrompt
 WORTHWHILE_TOKENS = 32
 
 
+def num_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts have in common; one prompt alone shares none."""
+    first = numpy.array(prompts[0])
+    others = [num_common(first, numpy.array(ids)) for ids in prompts[1:]]
+    return min(others, default=0)
+
+
 class Beginning:
     """Leading tokens that every prompt has, held in a pool; none where that saves little.
 
@@ -24,10 +31,8 @@ class Beginning:
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], tail: int = 1) -> None:
-        first = numpy.array(prompts[0])
-        length = min(min(num_common(first, numpy.array(ids)), len(ids) - tail) for ids in prompts)
-        worthwhile = length >= WORTHWHILE_TOKENS and len(prompts) > 1
-        self.length = length if worthwhile else 0
+        length = min(num_shared(prompts), min(map(len, prompts)) - tail)
+        self.length = length if length >= WORTHWHILE_TOKENS else 0
         self._token_ids = [*prompts[0][: self.length + 1]]
         self.pages: list[int] = []
 

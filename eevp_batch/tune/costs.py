@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 
@@ -20,6 +19,7 @@ from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segment_times import layer_time
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.tune.beginnings import num_shared
 from eevp_batch.tune.bridges import lift_size, usual_rank
 from eevp_batch.tune.heads import SCORED_ROWS
 from eevp_batch.tune.search import Costs
@@ -99,10 +99,8 @@ def with_prompts(costs: Costs, rows: Sequence[Row], bridged: bool) -> Costs:
         rows: of the job; what all of their prompts begin with is computed once, and costs nothing.
         bridged: whether prompts run to the first exit layer only (`exit.prefill: bridge`).
     """
-    prompts = [list(row.prompt_ids) for row in rows]
-    pairs = zip(min(prompts), max(prompts), strict=False)  # what these two share, all do
-    shared = 0 if len(rows) == 1 else len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    computed = sum(len(prompt) - shared for prompt in prompts)
+    prompts = [row.prompt_ids for row in rows]
+    computed = sum(map(len, prompts)) - len(prompts) * num_shared(prompts)
     generated = sum(len(row.generated_ids) for row in rows)
     return replace(costs, prompts=computed / generated, bridges_prompts=bridged)
 

@@ -82,9 +82,8 @@ _AT_FULL_DEPTH = (
     "exit.layers=auto",
     "exit.heads=null",
     "exit.calibration=null",
-    "exit.kv=propagate",
-    "exit.prefill=full",
 )
+"""What `fit` changes in a job; its KV policy, prefill and pruning stay for the search of layers."""
 
 
 @click.command()

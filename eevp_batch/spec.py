@@ -193,7 +193,8 @@ class ExitSpec(Section):
 
     @model_validator(mode="after")
     def _bridges_what_was_fitted(self) -> ExitSpec:
-        has_fitted = self.heads is not None or self.mode == "learn"
+        # A job at full depth uses none of it, so that it may say what is yet to be fitted for.
+        has_fitted = self.heads is not None or self.mode != "on"
         if self.vocab.proposal == "shortlist" and not has_fitted:
             allowed = "full, int8, low_rank without exit.heads"
             raise refused("vocab.proposal", '"shortlist"', allowed)

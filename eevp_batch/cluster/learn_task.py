@@ -36,7 +36,7 @@ from eevp_batch.tune.calibrate import calibrate
 from eevp_batch.tune.calibrate_job import job_costs, replay_settings
 from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.choose import choose_exits
-from eevp_batch.tune.costs import measured_costs, with_prompts
+from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.fit import SHORTLIST, FitSettings, fit_exits, split_rows
 from eevp_batch.tune.job_rows import chunk_rows
 from eevp_batch.tune.states import Row, prompt_key
@@ -134,7 +134,7 @@ class LearnTask:
             return early
         k, rank, shortlist = exit.vocab.top_k, self._proposal_rank, self._shortlist
         costs = measured_costs(self.cut, _BATCH, k, rank, shortlist=shortlist)
-        costs = with_prompts(costs, rows, exit.prefill == "bridge")
+        costs = for_job(costs, exit, rows)
         best = choose_exits(self.cut, rows, costs, 1 - exit.delta, seed=self.spec.sampling.seed)[0]
         figures["search"] = best.to_json()
         if not best.layers:

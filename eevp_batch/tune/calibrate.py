@@ -164,28 +164,44 @@ def _tuned(
     delta: float,
     count: int,
 ) -> list[Setting]:
-    """The grid as the tuning rows see it; first the setting without exits."""
+    """The grid as the tuning rows see it; first the setting without exits, where nobody asks."""
     early = model.exit_layers[:-1]
-    never = tuple([NEVER] * len(early))
-    grid = [never, *candidate_grid(model, settings, rows, costs, delta, count)]
-    found = []
+    never = (NEVER,) * len(early)
+    [whole] = Replay(model, _choosing_from_all(settings)).run(rows, [never])
+    without = _setting(never, early, costs, rows, whole)
+    found = [replace(without, cost=costs.full_depth, speed=1.0)]
+    grid = candidate_grid(model, settings, rows, costs, delta, count)
     for thresholds, replayed in zip(grid, replay.run(rows, grid), strict=True):
-        layers = [layer for one in replayed for layer in one.exit_layers]
-        shares = tuple(layers.count(layer) / len(layers) for layer in early)
-        # Without exits nobody asks.
-        cost = costs.full_depth if thresholds == never else costs.with_exits(early, shares)
-        losses = _token_losses(rows, replayed)
-        found.append(
-            Setting(
-                thresholds=tuple(thresholds),
-                shares=shares,
-                mean_layer=sum(layers) / len(layers),
-                cost=cost,
-                speed=costs.full_depth / cost,
-                tuning_risk=sum(losses) / len(losses),
-            )
-        )
+        found.append(_setting(thresholds, early, costs, rows, replayed))
     return found
+
+
+def _choosing_from_all(settings: ReplaySettings) -> ReplaySettings:
+    """The same with the last layer choosing from the whole vocabulary."""
+    vocab = settings.exits.vocab.model_copy(update={"final_head": "full"})
+    return replace(settings, exits=settings.exits.model_copy(update={"vocab": vocab}))
+
+
+def _setting(
+    thresholds: Thresholds,
+    early: Sequence[int],
+    costs: Costs,
+    rows: Sequence[Row],
+    replayed: Sequence[Replayed],
+) -> Setting:
+    """What a replay of some rows shows of a setting with some exit layers before the last."""
+    layers = [layer for one in replayed for layer in one.exit_layers]
+    shares = tuple(layers.count(layer) / len(layers) for layer in early)
+    cost = costs.with_exits(early, shares)
+    losses = _token_losses(rows, replayed)
+    return Setting(
+        thresholds=tuple(thresholds),
+        shares=shares,
+        mean_layer=sum(layers) / len(layers),
+        cost=cost,
+        speed=costs.full_depth / cost,
+        tuning_risk=sum(losses) / len(losses),
+    )
 
 
 def _tested(

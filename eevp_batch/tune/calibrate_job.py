@@ -17,7 +17,7 @@ from eevp_batch.model_config import ModelConfig
 from eevp_batch.spec import ExitSpec, JobSpec, PValueKind
 from eevp_batch.tune.calibrate import GRID, Risk, calibrate
 from eevp_batch.tune.calibration_result import CalibrationResult
-from eevp_batch.tune.costs import measured_costs, with_prompts
+from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm
 from eevp_batch.tune.outputs import full_depth_rows
 from eevp_batch.tune.replay import ReplaySettings
@@ -202,7 +202,7 @@ def job_costs(cut: CutModel, exit: ExitSpec, rows: Sequence[Row]) -> Costs:
         shortlist=size,
         mlp_width=cut.model.head_mlp_width,
     )
-    costs = with_prompts(costs, rows, exit.prefill == "bridge")
+    costs = for_job(costs, exit, rows)
     return costs if exit.heads is not None else replace(costs, exit_head=0.0)
 
 

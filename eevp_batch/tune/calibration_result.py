@@ -20,7 +20,7 @@ class Setting:
         shares: of the tuning rows' tokens, who leaves after each of these layers.
         mean_layer: mean number of layers of a token.
         cost: predicted, of a generated token, in the unit of the costs that were given.
-        speed: predicted, as a multiple of exits off; prompts are left out.
+        speed: predicted, as a multiple of exits off, prompts included.
         tuning_risk: mean share of tokens of a row that differ, on the tuning rows.
         place: 0-based, in the path from cautious to bold; None: another one is as cautious and
             cheaper.
@@ -51,8 +51,8 @@ class CalibrationResult:
     """What became of a calibration.
 
     Attributes:
-        settings: the whole grid, from cautious to bold as predicted; the first has no exits at all
-            and shows what the replay itself differs from the engine.
+        settings: the whole grid, from cautious to bold as predicted; the first has no exits at all,
+            no pruning either, and shows what the replay itself differs from the engine.
         certified: index of the boldest certified setting; None: none is.
         reason: why none is.
         rows_needed: how many calibration rows would do, where that can be said.

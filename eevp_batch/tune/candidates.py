@@ -39,7 +39,8 @@ class _Exit:
 
     Attributes:
         confidences: [S] float32.
-        agrees: [S], whether it would choose the token that was generated.
+        agrees: [S], whether it would choose the token that was generated; at the last one it may
+            not where that scores the kept ids only.
     """
 
     confidences: npt.NDArray[np.float32]
@@ -69,7 +70,7 @@ def candidate_grid(
         delta: the risk that matters.
         count: about how many settings; 2 or more.
     """
-    exits = _exits_seen(model, settings, rows)
+    *exits, last = _exits_seen(model, settings, rows)
     each = min(MOST_QUANTILES, max(4, int(MOST_PREDICTED ** (1 / len(exits)))))
     choices = [exit.thresholds(each) for exit in exits]
     leaving = [
@@ -81,7 +82,7 @@ def candidate_grid(
     grid, risks, spent = [], [], []
     for numbers in itertools.product(*(range(len(some)) for some in choices)):
         thresholds = tuple(some[n] for some, n in zip(choices, numbers, strict=True))
-        if set(thresholds) == {NEVER}:
+        if set(thresholds) == {NEVER} and costs.final_k is None:
             continue
         staying, wrong, shares = np.ones(len(weights), dtype=bool), 0.0, []
         for exit, leaves, number in zip(exits, leaving, numbers, strict=True):
@@ -89,6 +90,7 @@ def candidate_grid(
             wrong += float(weights[out & ~exit.agrees].sum())
             shares.append(float(out.mean()))
             staying &= ~out
+        wrong += float(weights[staying & ~last.agrees].sum())
         grid.append(thresholds)
         risks.append(wrong)
         spent.append(costs.with_exits(model.exit_layers[:-1], shares))
@@ -99,13 +101,13 @@ def candidate_grid(
 def _exits_seen(
     model: SegmentedModel, settings: ReplaySettings, rows: Sequence[Row]
 ) -> list[_Exit]:
-    """Every early exit's confidence in every token, keys and values exact."""
+    """Every exit's confidence in every token, keys and values exact; the last layer's as well."""
     exact = settings.exits.model_copy(
         update={"kv": "recompute", "max_waiting": 1 << 62, "decay": None}
     )
     replay = Replay(model, replace(settings, exits=exact))
     early = len(model.exit_layers) - 1
-    only = [[-2.0 if other == one else NEVER for other in range(early)] for one in range(early)]
+    only = [[-2.0 if other == one else NEVER for other in range(early)] for one in range(early + 1)]
     seen = []
     for found in replay.run(rows, only):
         confidences = [value for one in found for value in one.confidences]

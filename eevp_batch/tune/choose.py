@@ -47,5 +47,5 @@ def choose_exits(
     fitting, held_out = split_rows(others, LOOKED_AT, seed)
     heads = quick_heads(model, fitting, held_out, layers, on_rows)
     views = survey(model, looked_at, layers, heads, on_rows)
-    tables = {layer: view.table for layer, view in views.items()}
+    tables = {layer: view.table(costs.final_k) for layer, view in views.items()}
     return search_exits(tables, costs, target, most_exits)

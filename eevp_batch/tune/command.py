@@ -20,6 +20,7 @@ from eevp_batch.model_config import ModelConfig, prompt_room, read_model_config
 from eevp_batch.spec import (
     Dtype,
     EngineSpec,
+    ExitSpec,
     InputSpec,
     JobSpec,
     ModelSpec,
@@ -30,7 +31,7 @@ from eevp_batch.tune import adapter_checkpoint
 from eevp_batch.tune.adapted_fit import Adapting, fit_adapted
 from eevp_batch.tune.adapter_training import AdapterSettings
 from eevp_batch.tune.choose import choose_exits
-from eevp_batch.tune.costs import measured_costs, with_prompts
+from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.fit import FitSettings, OnProgress, fit_exits, split_rows
 from eevp_batch.tune.head_training import HeadSettings, usual_mlp_width
 from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
@@ -127,7 +128,7 @@ def run_potential(
         lenses["quick"] = fit_quick_heads(found.model, *parts, range(1, num_layers))
     say(f"looking at {len(rows)} rows after each of {num_layers} layers")
     costs = Costs.counted(found.config, proposal_rank=PROPOSAL_RANK)
-    costs = with_prompts(costs, rows, bridged=False)
+    costs = for_job(costs, ExitSpec(), rows)
     return measure_potential(found.model, rows, lenses, costs, target).to_json()
 
 
@@ -295,7 +296,7 @@ def _searched(
         shortlist=options.shortlist,
         mlp_width=options.mlp_width(model.hidden_size),
     )
-    costs = with_prompts(costs, rows, spec.exit.prefill == "bridge")
+    costs = for_job(costs, spec.exit, rows)
     best = choose_exits(model, rows, costs, options.target)[0]
     if not best.layers:
         raise UsageError(

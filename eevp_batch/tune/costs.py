@@ -19,6 +19,7 @@ from eevp_batch.engine.pruned_vocab import prune, pruned_scores
 from eevp_batch.engine.score_summary import summarise
 from eevp_batch.engine.segment_times import layer_time
 from eevp_batch.engine.segmented_model import SegmentedModel
+from eevp_batch.spec import ExitSpec
 from eevp_batch.tune.beginnings import num_shared
 from eevp_batch.tune.bridges import lift_size, usual_rank
 from eevp_batch.tune.heads import SCORED_ROWS
@@ -91,18 +92,24 @@ def measured_costs(
     )
 
 
-def with_prompts(costs: Costs, rows: Sequence[Row], bridged: bool) -> Costs:
-    """The same costs, and those of the prompt tokens that rows like these bring along.
+def for_job(costs: Costs, exit: ExitSpec, rows: Sequence[Row]) -> Costs:
+    """The same costs as a job has them: with its prompts, and what its last layer scores.
 
     Args:
-        costs: of generated tokens.
+        costs: of generated tokens, each scored over the whole vocabulary in the end.
+        exit: of the job.
         rows: of the job; what all of their prompts begin with is computed once, and costs nothing.
-        bridged: whether prompts run to the first exit layer only (`exit.prefill: bridge`).
     """
     prompts = [row.prompt_ids for row in rows]
     computed = sum(map(len, prompts)) - len(prompts) * num_shared(prompts)
     generated = sum(len(row.generated_ids) for row in rows)
-    return replace(costs, prompts=computed / generated, bridges_prompts=bridged)
+    vocab = exit.vocab
+    return replace(
+        costs,
+        prompts=computed / generated,
+        bridges_prompts=exit.prefill == "bridge",
+        final_k=vocab.top_k if vocab.final_head == "pruned" else None,
+    )
 
 
 def _random_head(width: int, mlp_width: int | None, like: torch.Tensor) -> LaidOutHead:

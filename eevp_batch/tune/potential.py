@@ -119,7 +119,7 @@ def measure_potential(
 def _lens(
     name: str, views: Mapping[int, LayerView], num_layers: int, costs: Costs, target: float
 ) -> LensFigures:
-    tables = {layer: view.table for layer, view in views.items()}
+    tables = {layer: view.table(costs.final_k) for layer, view in views.items()}
     choices = search_exits(tables, costs, target)
     leaving = {c.layers[0]: c.shares[0] for c in choices if len(c.layers) == 1}
     agrees = torch.stack([view.agrees for view in views.values()])  # [layers, S]

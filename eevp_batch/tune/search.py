@@ -34,8 +34,9 @@ class Costs:
         rescoring: the kept ids scored at a later exit.
         exit_head: the fitted head before the final norm.
         bridge: keys and values of one skipped layer.
-        prompts: prompt tokens that are computed for each generated one, see `with_prompts`.
+        prompts: prompt tokens that are computed for each generated one, see `for_job`.
         bridges_prompts: whether they run to the first exit layer only.
+        final_k: K, where the last layer scores only the kept ids too; None: the whole vocabulary.
     """
 
     num_layers: int
@@ -47,6 +48,7 @@ class Costs:
     bridge: float
     prompts: float = 0.0
     bridges_prompts: bool = False
+    final_k: int | None = None
 
     @classmethod
     def counted(
@@ -109,7 +111,8 @@ class Costs:
             total += staying * ((layer - before) * self.layer + asking)
             total += share * (self.num_layers - layer) * self.bridge
             before, staying = layer, staying - share
-        return total + staying * ((self.num_layers - before) * self.layer + self.head)
+        end = self.head if self.final_k is None else self.rescoring
+        return total + staying * ((self.num_layers - before) * self.layer + end)
 
     @property
     def exit_check(self) -> float:
@@ -124,10 +127,18 @@ class LayerTable:
     Attributes:
         confidences: [S].
         agrees: [S] bool, whether it is what the last layer says.
+        kept: [S] bool, whether what the last layer says is among the ids that would be kept here,
+            and so may still be said; None: it may be whatever is kept.
     """
 
     confidences: torch.Tensor
     agrees: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    def budget(self, target: float) -> float:
+        """How many tokens may leave wrong where this exit is the first; below 0: it may not be."""
+        missing = 0 if self.kept is None else int((~self.kept).sum())
+        return (1 - target) * len(self.agrees) - missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +191,13 @@ def search_exits(
     """
     found = [ExitChoice((), (), (), 0.0, 1.0)]
     layers = sorted(tables)
-    for layer in layers:
+    firsts = [layer for layer in layers if tables[layer].budget(target) > -1e-9]
+    for layer in firsts:
         found.append(_chosen(tables, costs, (layer,), target, (1.0,)))
     if most_exits > 1:
         for pair in itertools.combinations(layers, 2):
+            if pair[0] not in firsts:
+                continue
             tried = [_chosen(tables, costs, pair, target, (s, 1.0)) for s in BUDGET_SPLITS]
             found.append(max(tried, key=lambda choice: choice.speed))
     return sorted(found, key=lambda choice: (-choice.speed, len(choice.layers), choice.layers))
@@ -205,20 +219,26 @@ def _chosen(
         target: of agreement.
         splits: of the allowed disagreement, what may be spent up to and including each exit.
     """
-    count = len(tables[layers[0]].agrees)
+    first = tables[layers[0]]
+    count = len(first.agrees)
     staying = torch.ones(count, dtype=torch.bool)
+    # What is not kept at the first exit is wrong wherever it leaves.
+    lost = torch.zeros_like(staying) if first.kept is None else ~first.kept
+    budget = first.budget(target)
     spent, thresholds, shares = 0, [], []
     for layer, split in zip(layers, splits, strict=True):
         table = tables[layer]
-        allowed = int(split * (1 - target) * count + 1e-9) - spent
-        threshold = boldest(table.confidences[staying], table.agrees[staying], allowed)
+        agrees = table.agrees | lost
+        allowed = int(split * budget + 1e-9) - spent
+        threshold = boldest(table.confidences[staying], agrees[staying], allowed)
         leaves = staying & (table.confidences > threshold)
-        spent += int((leaves & ~table.agrees).sum())
+        spent += int((leaves & ~agrees).sum())
         thresholds.append(threshold)
         shares.append(float(leaves.sum()) / count)
         staying = staying & ~leaves
     speed = costs.full_depth / costs.with_exits(layers, shares)
-    return ExitChoice(layers, tuple(thresholds), tuple(shares), spent / count, speed)
+    wrong = (int(lost.sum()) + spent) / count
+    return ExitChoice(layers, tuple(thresholds), tuple(shares), wrong, speed)
 
 
 def boldest(confidences: torch.Tensor, agrees: torch.Tensor, allowed: int) -> float:

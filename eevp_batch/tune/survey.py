@@ -41,9 +41,10 @@ class LayerView:
     agrees: torch.Tensor
     ranks: torch.Tensor
 
-    @property
-    def table(self) -> LayerTable:
-        return LayerTable(self.margins.cpu(), self.agrees.cpu())
+    def table(self, final_k: int | None = None) -> LayerTable:
+        """For the search; `final_k` as `Costs` has it."""
+        kept = None if final_k is None else (self.ranks < final_k).cpu()
+        return LayerTable(self.margins.cpu(), self.agrees.cpu(), kept)
 
     @property
     def agreement(self) -> float:

@@ -26,7 +26,7 @@ from eevp_batch.tune.calibrate import TokenRisk, calibrate
 from eevp_batch.tune.calibrate_job import TUNING_SHARE, job_costs, replay_settings
 from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.certify import certify as certified_place
-from eevp_batch.tune.costs import measured_costs, with_prompts
+from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.fit import split_rows
 from eevp_batch.tune.job_rows import output_rows
 from eevp_batch.tune.potential import measure_potential
@@ -221,7 +221,7 @@ def look(bench: Bench) -> Json:
     weights = load_job_model(job.spec, config).weights
     model = SegmentedModel(weights, [config.num_layers])
     heads = quick_heads(model, fitting, held_out, range(1, config.num_layers))
-    costs = with_prompts(measured_costs(model, 64, proposal_rank=64), judged, bridged=False)
+    costs = for_job(measured_costs(model, 64, proposal_rank=64), job.spec.exit, judged)
     return measure_potential(model, judged, {"raw": {}, "quick": heads}, costs).to_json()
 
 

@@ -168,6 +168,28 @@ def test_a_failure_says_why(
         assert result.rows_needed > 120
 
 
+def test_a_pruned_end_is_part_of_the_risk(random_model: tuple[SegmentedModel, list[Row]]) -> None:
+    """Even where nobody leaves: the last layer's token is often not among four of 320 ids."""
+    model, rows = random_model
+    vocab = VocabSpec(top_k=4, final_head="pruned")
+    exit = EXIT.model_copy(update={"vocab": vocab})
+    cut, costs = model.recut([3, NUM_LAYERS]), replace(COSTS, final_k=4)
+    settings = settings_for(exit, [3])
+    result = calibrate(
+        cut, settings, rows[:40], rows[40:], delta=0.9, epsilon=0.1, costs=costs, grid=8
+    )
+    reference, *grid = result.settings
+    assert reference.tuning_risk == 0 and reference.speed == 1, "exits off, nothing is pruned"
+    never = next(setting for setting in grid if set(setting.thresholds) == {NEVER})
+    assert never.cost == pytest.approx(costs.with_exits([3], [0.0])) and never.exit_share == 0
+    lost = 0.0
+    for row, found in zip(rows[:40], Replay(cut, settings).run(rows[:40], [[NEVER]])[0]):
+        wrong = [a != b for a, b in zip(row.generated_ids, found.token_ids, strict=True)]
+        lost += sum(wrong) / len(wrong) / 40
+    assert never.tuning_risk == pytest.approx(lost) and lost > 0.3
+    assert never.calibration_risk == pytest.approx(lost, abs=0.1)
+
+
 def test_candidates_spread_over_costs(random_model: tuple[SegmentedModel, list[Row]]) -> None:
     model, rows = random_model
     cut = model.recut([2, 4, NUM_LAYERS])

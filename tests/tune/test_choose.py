@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from eevp_batch.engine import packed_linear
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.model_config import read_model_config
-from eevp_batch.spec import ModelSpec
+from eevp_batch.spec import ExitSpec, ModelSpec, VocabSpec
 from eevp_batch.tune.choose import choose_exits
-from eevp_batch.tune.costs import measured_costs, with_prompts
+from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.search import Costs
 from eevp_batch.tune.states import Row
 from tests.engine.conftest import load_model
@@ -54,15 +55,25 @@ def test_every_part_takes_time(tiny_llama: Path, top_k: int | None) -> None:
     costs = measured_costs(
         model, 8, top_k, proposal_rank=8, bridge_rank=4, shortlist=64, mlp_width=5
     )
-    assert min(astuple(costs)[:-2]) > 0
+    assert min(astuple(costs)[:-3]) > 0
     assert (costs.prompts, costs.bridges_prompts) == (0.0, False), "rows say, no clock"
+    assert costs.final_k is None, "the job says"
 
 
 def test_what_all_prompts_begin_with_is_computed_once() -> None:
     rows = [Row([1, 2, 3, 4, 5], [7, 8]), Row([1, 2, 9], [7, 8, 9])]
-    costs = with_prompts(CHEAP, rows, bridged=True)
+    bridged = ExitSpec(heads="fitted", kv="bridge", prefill="bridge")
+    costs = for_job(CHEAP, bridged, rows)
     assert costs == replace(CHEAP, prompts=4 / 5, bridges_prompts=True)
-    assert with_prompts(CHEAP, rows[:1], bridged=False).prompts == 5 / 2
+    assert for_job(CHEAP, ExitSpec(), rows[:1]).prompts == 5 / 2
+
+
+def test_what_the_last_layer_scores_is_the_job_s_own(tiny_llama: Path) -> None:
+    def costs(**vocab: Any) -> Costs:
+        return for_job(CHEAP, ExitSpec(vocab=VocabSpec(**vocab)), [Row([1], [2])])
+
+    assert costs(top_k=9, final_head="pruned").final_k == 9
+    assert costs(top_k=9).final_k is None and costs(top_k=None, final_head="pruned").final_k is None
 
 
 def test_no_part_is_a_product_that_this_cpu_does_not_have(

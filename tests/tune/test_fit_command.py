@@ -14,6 +14,9 @@ from click.testing import CliRunner, Result
 
 from eevp_batch.cli import main
 from eevp_batch.engine.fitted import FittedExits
+from eevp_batch.tune import command
+from eevp_batch.tune.choose import choose_exits
+from eevp_batch.tune.search import Costs, ExitChoice
 from tests.tiny_models import NUM_LAYERS
 from tests.tune.rows import without_layers
 
@@ -92,6 +95,27 @@ def test_layers_are_searched(tmp_path: Path, tiny_llama: Path) -> None:
     manifest = json.loads(result.stdout)
     assert set(manifest["exit_layers"]) in ({1}, {2}, {1, 2}), "none lies behind it"
     assert manifest["data"]["search"]["layers"] == manifest["exit_layers"]
+
+
+def test_layers_are_searched_for_what_the_job_will_use(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def remember(model: Any, rows: Any, costs: Costs, *rest: Any) -> list[ExitChoice]:
+        asked.append(costs)
+        return choose_exits(model, rows, costs, *rest)
+
+    monkeypatch.setattr(command, "choose_exits", remember)
+    without_layers(tiny_llama, after=2, save=tmp_path / "model")
+    exit = {"heads": "fitted", "kv": "bridge", "prefill": "bridge", "vocab": {"top_k": 16}}
+    exit["vocab"]["final_head"] = "pruned"  # type: ignore[index]
+    job = job_file(tmp_path, tmp_path / "model", **exit)
+    for changes, expected in (([], (True, 16)), (["exit.prefill=full"], (False, 16))):
+        more = [part for change in changes for part in ("--set", change)]
+        result = fit(job, tmp_path / "fitted", "--target", 0.8, *more)
+        assert result.exit_code == 0, result.output
+        assert (asked[-1].bridges_prompts, asked[-1].final_k) == expected
 
 
 @pytest.mark.parametrize("layers", ["2;4", "a", "2,,4"])

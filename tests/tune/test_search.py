@@ -41,6 +41,16 @@ def test_prompt_tokens_take_their_layers_with_exits_too() -> None:
     assert bridged.full_depth == beside.full_depth
 
 
+def test_who_stays_is_scored_on_the_kept_ids_where_the_job_says_so() -> None:
+    pruned = replace(COSTS, final_k=9)
+    assert pruned.full_depth == COSTS.full_depth, "exits off, nothing is pruned"
+    saved = COSTS.head - COSTS.rescoring
+    for layers, shares in (([3], [0.0]), ([3, 6], [0.5, 0.2])):
+        staying = 1 - sum(shares)
+        expected = COSTS.with_exits(layers, shares) - staying * saved
+        assert pruned.with_exits(layers, shares) == pytest.approx(expected)
+
+
 def test_the_boldest_threshold_lets_so_many_wrong_ones_through() -> None:
     confidences = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
     agrees = torch.tensor([True, False, True, False, True])
@@ -71,6 +81,26 @@ def test_no_exit_where_none_pays() -> None:
     assert best.layers == () and best.speed == 1.0
     dear = Costs(12, 1.0, 40.0, 40.0, 0.5, 0.1, 0.05)
     assert search_exits({11: table(0.95)}, dear)[0].layers == (), "a head costs forty layers"
+
+
+def test_what_is_not_kept_at_the_first_exit_is_wrong_once() -> None:
+    """Four tokens in a thousand can no longer be right: two would have left wrong, two stay."""
+    whole = table(0.99)
+    kept = torch.ones(1000, dtype=torch.bool)
+    kept[[-1, -2, 0, 1]] = False
+    found = search_exits({4: replace(whole, kept=kept)}, COSTS, target=0.99, most_exits=1)
+    [one] = [choice for choice in found if choice.layers]
+    assert one.disagreement == pytest.approx(0.01)
+    # Ten may be wrong: the four, and six of the eight others that do not agree.
+    assert one.shares == (pytest.approx(0.99 + 0.006),)
+
+
+def test_an_exit_that_keeps_too_little_comes_second_at_best() -> None:
+    poor, good = torch.arange(1000) >= 20, torch.ones(1000, dtype=torch.bool)
+    tables = {3: replace(table(0.5), kept=poor), 6: replace(table(0.99), kept=good)}
+    tables[8] = replace(tables[6], kept=poor)
+    layers = {choice.layers for choice in search_exits(tables, COSTS, target=0.99)}
+    assert layers == {(), (6,), (6, 8)}
 
 
 @pytest.mark.parametrize("target", [0.9, 0.99, 1.0])

@@ -14,8 +14,9 @@ from eevp_batch.errors import CalibrationError, FittedExitsError
 from eevp_batch.model_config import ModelConfig, resolve_exit_layers, resolve_prune_layer
 from eevp_batch.spec import ExitSpec, JobSpec
 
-AFFINE_FORMAT, MLP_FORMAT = 1, 2
-"""Of a folder; the second one where a head has an MLP, which whoever reads the first would miss."""
+AFFINE_FORMAT, MLP_FORMAT, MIX_FORMAT = FORMATS = (1, 2, 3)
+"""Of a folder: whoever reads the first would miss a head's MLP, and whoever reads the second a
+proposal whose larger factor is made from the head on loading."""
 FITTED_MANIFEST = "fitted.json"
 # Type by name of what is read from a manifest; of the exit layers, that of each.
 _READ_FIELDS = {
@@ -42,8 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FittedExitsError(f"{path}: cannot be read: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if found not in (AFFINE_FORMAT, MLP_FORMAT):
-        allowed = f"{AFFINE_FORMAT}, {MLP_FORMAT}"
+    if found not in FORMATS:
+        allowed = ", ".join(map(str, FORMATS))
         raise FittedExitsError(f"{path}: format: found {found!r}; allowed: {allowed}")
     for name, kind in _READ_FIELDS.items():
         value = manifest.get(name)

@@ -20,13 +20,20 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
 from eevp_batch.engine.adapter import Adapter
-from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.proposals import LowRankFit
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import FittedExitsError
-from eevp_batch.fitted_config import AFFINE_FORMAT, FITTED_MANIFEST, MLP_FORMAT, read_manifest
+from eevp_batch.fitted_config import (
+    AFFINE_FORMAT,
+    FITTED_MANIFEST,
+    MIX_FORMAT,
+    MLP_FORMAT,
+    read_manifest,
+)
 
 MANIFEST, WEIGHTS = FITTED_MANIFEST, "fitted.safetensors"
 _ADAPTER = "adapter."
+_RIGHT, _MIX, _WHOLE = "proposal.right", "proposal.mix", "proposal.left"
 
 
 def unit_state(hidden: torch.Tensor, eps: float) -> torch.Tensor:
@@ -129,7 +136,7 @@ class FittedExits:
     exit_layers: tuple[int, ...]
     heads: Mapping[int, ExitHead] = field(default_factory=dict)
     bridges: Mapping[tuple[Kind, int], Bridge] = field(default_factory=dict)
-    proposal: LowRankProposal | None = None
+    proposal: LowRankFit | None = None
     shortlist: torch.Tensor | None = None
     tail: int = 1
     lead: int = 0
@@ -148,9 +155,8 @@ class FittedExits:
         folder.mkdir(parents=True, exist_ok=True)
         weights = format_safetensors({k: v.contiguous() for k, v in self._tensors().items()})
         (folder / WEIGHTS).write_bytes(weights)
-        has_mlp = any(isinstance(head, MlpHead) for head in self.heads.values())
         manifest = {
-            "format": MLP_FORMAT if has_mlp else AFFINE_FORMAT,
+            "format": self._format,
             "model_hash": self.model_hash,
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -162,6 +168,14 @@ class FittedExits:
             **self.facts,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    @property
+    def _format(self) -> int:
+        """The first one whose readers know all of it."""
+        if self.proposal is not None and not self.proposal.is_whole:
+            return MIX_FORMAT
+        has_mlp = any(isinstance(head, MlpHead) for head in self.heads.values())
+        return MLP_FORMAT if has_mlp else AFFINE_FORMAT
 
     @classmethod
     def load(cls, folder: Path) -> FittedExits:
@@ -205,7 +219,8 @@ class FittedExits:
                 out[f"{stem}.{layer}.weight"] = affine.weight
                 out[f"{stem}.{layer}.bias"] = affine.bias
         if self.proposal is not None:
-            out |= {"proposal.left": self.proposal.left, "proposal.right": self.proposal.right}
+            name = _WHOLE if self.proposal.is_whole else _MIX
+            out |= {name: self.proposal.mix, _RIGHT: self.proposal.right}
         if self.adapter is not None:
             out |= {f"{_ADAPTER}{name}": part for name, part in self.adapter.tensors().items()}
         if self.shortlist is not None:
@@ -259,8 +274,9 @@ def _assembled(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fi
                 down, lift = tensors.get(f"{stem}.down"), tensors.get(f"{stem}.lift")
                 bridges[kind, e] = Bridge(layers, down, lift)
     proposal = None
-    if "proposal.left" in tensors:
-        proposal = LowRankProposal(tensors["proposal.left"], tensors["proposal.right"])
+    if _RIGHT in tensors:
+        is_whole = _WHOLE in tensors
+        proposal = LowRankFit(tensors[_RIGHT], tensors[_WHOLE if is_whole else _MIX], is_whole)
     changes = {
         name.removeprefix(_ADAPTER): tensor
         for name, tensor in tensors.items()

@@ -118,6 +118,32 @@ class LowRankProposal:
         return PackedLinear(self.left), PackedLinear(self.right)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankFit:
+    """A low-rank proposal apart from the head that it approximates, W ~ (W mix) right.
+
+    Of 49,152 ids by rank 128 only 576 by 128 numbers have to be kept for it.
+
+    Attributes:
+        right: [r, E].
+        mix: [E, r]; where it `is_whole` W mix itself, [V, r].
+        is_whole: as folders of formats 1 and 2 have it.
+    """
+
+    right: torch.Tensor
+    mix: torch.Tensor
+    is_whole: bool = False
+
+    def of(self, weight: torch.Tensor) -> LowRankProposal:
+        """The proposal for the head [V, E] that it was fitted to, in its type, where that lies."""
+        left = self.mix
+        if not self.is_whole:
+            mix = left.to(weight.device, torch.float64)
+            parts = torch.split(weight, _READ_ROWS)  # in float64 all of it would be large
+            left = torch.cat([(rows.double() @ mix).to(weight.dtype) for rows in parts])
+        return LowRankProposal(left.to(weight), self.right.to(weight))
+
+
 class ShortlistProposal:
     """The head's own rows for the ids that a job's outputs use; all others are out of the question.
 
@@ -165,7 +191,7 @@ def _filled_up(states: torch.Tensor) -> torch.Tensor:
     return pad(states, (0, 0, 0, -len(states) % ROW_MULTIPLE))
 
 
-def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRankProposal:
+def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRankFit:
     """The factor of a rank that errs least on the states that occur.
 
     Minimises E ||W h - left right h||^2, which with the second moment C = E[h h^T] is
@@ -178,7 +204,7 @@ def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRa
         rank: 1 to E.
 
     Returns:
-        Factors of the type and on the device of `weight`.
+        Float32, on the device of the moment.
     """
     width = len(moment)
     identity = torch.eye(width, dtype=moment.dtype, device=moment.device)
@@ -187,12 +213,10 @@ def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRa
     root = (directions * variances.sqrt()) @ directions.T  # C^{1/2}
     inverse = (directions / variances.sqrt()) @ directions.T
     gram = torch.zeros_like(moment)
-    for rows in torch.split(weight, 8192):
+    for rows in torch.split(weight, _READ_ROWS):
         gram += rows.double().T @ rows.double()
     best = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -rank:]  # [E, r]
-    right = best.T @ inverse
-    left = torch.cat([rows.double() @ (root @ best) for rows in torch.split(weight, 8192)])
-    return LowRankProposal(left.to(weight.dtype), right.to(weight.dtype))
+    return LowRankFit((best.T @ inverse).float(), (root @ best).float())
 
 
 @torch.inference_mode()
@@ -226,7 +250,7 @@ def make_proposal(
     model: PreTrainedModel,
     vocab: VocabSpec,
     prune_layer: int | None,
-    fitted: LowRankProposal | None = None,
+    fitted: LowRankFit | None = None,
     shortlist: torch.Tensor | None = None,
 ) -> Proposal | None:
     """The proposal that a job asks for; None where the head itself proposes.
@@ -244,7 +268,7 @@ def make_proposal(
     """
     if prune_layer is None or vocab.proposal == "full":
         return None
-    device, width = execution_device(model), model.config.hidden_size
+    width = model.config.hidden_size
     if vocab.proposal == "int8":
         with present(model.lm_head):
             return Int8Proposal(model.lm_head.weight.detach())
@@ -257,8 +281,8 @@ def make_proposal(
         with present(model.lm_head):
             return ShortlistProposal(model.lm_head.weight.detach(), shortlist)
     if fitted is not None and vocab.rank in (None, len(fitted.right)):
-        dtype = model.lm_head.weight.dtype
-        return LowRankProposal(fitted.left.to(device, dtype), fitted.right.to(device, dtype))
+        with present(model.lm_head):
+            return fitted.of(model.lm_head.weight.detach())
     rank = min(DEFAULT_RANK, width) if vocab.rank is None else vocab.rank
     if rank > width:
         raise UsageError(
@@ -266,4 +290,5 @@ def make_proposal(
         )
     moment = state_moment(model, prune_layer)
     with present(model.lm_head):
-        return fit_low_rank(model.lm_head.weight.detach(), moment, rank)
+        weight = model.lm_head.weight.detach()
+        return fit_low_rank(weight, moment, rank).of(weight)

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from eevp_batch.engine.fitted import Affine, Bridge, ExitHead, FittedExits
-from eevp_batch.engine.proposals import LowRankProposal, fit_low_rank, likeliest_ids
+from eevp_batch.engine.proposals import (
+    LowRankFit,
+    LowRankProposal,
+    fit_low_rank,
+    likeliest_ids,
+)
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind
 from eevp_batch.errors import UsageError
@@ -198,7 +203,8 @@ def fit_collected(
     coverage: dict[str, float] = {}
     if settings.proposal_rank is not None:
         proposal = _fit_proposal(model, heads[first], seen.taught[first], settings.proposal_rank)
-        recall = proposal_recall(model, proposal, heads[first], judged.taught[first])
+        factors = proposal.of(model.head_weight)
+        recall = proposal_recall(model, factors, heads[first], judged.taught[first])
     if settings.shortlist is not None:
         taught = (seen.taught[first], judged.taught[first])
         shortlist, coverage = _fit_shortlist(model, *taught, settings.shortlist)
@@ -291,9 +297,7 @@ def ridge_head(model: SegmentedModel, sums: NormalEquations, held_out: NormalEqu
     return affine(fit_ridge(sums, held_out)[last], torch.float32)
 
 
-def _fit_proposal(
-    model: SegmentedModel, head: ExitHead, tokens: Taught, rank: int
-) -> LowRankProposal:
+def _fit_proposal(model: SegmentedModel, head: ExitHead, tokens: Taught, rank: int) -> LowRankFit:
     """The factor of the LM head that errs least on what this head gives it."""
     normed = head_output(model, head, tokens.units).double()
     moment = normed.T @ normed / len(normed)

@@ -15,7 +15,7 @@ from eevp_batch.engine.engine import Engine
 from eevp_batch.engine.fitted import Affine, Bridge, FittedExits, unit_state
 from eevp_batch.engine.load import build_engine
 from eevp_batch.engine.packing import pack
-from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.proposals import LowRankFit
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import Kind, ShortPrompt
 from eevp_batch.engine.sequence import Sequence as Generating
@@ -282,17 +282,23 @@ def test_a_head_decides_what_leaves(tiny_model_path: Any, prompts: list[Prompt])
     assert ids == {int(scores.argmax())}
 
 
-def test_a_fitted_proposal_is_taken(tiny_model_path: Any, prompts: list[Prompt]) -> None:
-    """Factors that are the head itself propose what the head would; nonsense does not."""
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_fitted_proposal_is_taken(
+    is_whole: bool, tiny_model_path: Any, prompts: list[Prompt]
+) -> None:
+    """Factors that are the head itself propose what the head would; nonsense does not.
+
+    The larger one is made from the head, or comes with the folder as it once did.
+    """
     path = tiny_model_path("llama")
     model = load_model(path)
     width = model.config.hidden_size
-    weight = model.lm_head.weight.detach()
+    weight, unit = model.lm_head.weight.detach(), torch.eye(width)
     vocab = VocabSpec(top_k=8, proposal="low_rank")
     expected = exits_of(run(make_engine(path, layers=LAYERS, top_k=8), prompts))
     outputs = []
     for sign in (1, -1):
-        factors = LowRankProposal(sign * weight, torch.eye(width))
+        factors = LowRankFit(unit, sign * (weight if is_whole else unit), is_whole)
         fitted = fitted_for(model, {}, proposal=factors)
         engine = bridged_engine(path, fitted, kv="propagate", vocab=vocab)
         outputs.append(exits_of(run(engine, prompts)))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eevp_batch.engine.fitted import MANIFEST, WEIGHTS, Affine, Bridge, FittedExits, unit_state
-from eevp_batch.engine.proposals import LowRankProposal
+from eevp_batch.engine.proposals import LowRankFit
 from eevp_batch.errors import FittedExitsError
 from tests.engine.test_exit_heads import random_head
 
@@ -34,10 +34,20 @@ def some_exits() -> FittedExits:
             ("generated", 3): Bridge({4: affine(4, 2)}, down=torch.randn(2, 8)),
             ("prompt", 1): Bridge({2: affine(4, 8), 3: affine(4, 8), 4: affine(4, 8)}),
         },
-        proposal=LowRankProposal(torch.randn(16, 2), torch.randn(2, 8)),
+        proposal=LowRankFit(torch.randn(2, 8), torch.randn(8, 2)),
         tail=3,
         facts={"data": {"rows": 5}},
     )
+
+
+def without(folder: Path, name: str) -> None:
+    """Take a tensor out of a folder, its hash as it should be."""
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[name]
+    save_file(tensors, folder / WEIGHTS)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -61,8 +71,9 @@ def test_without_optional_parts(tmp_path: Path) -> None:
 
 def test_heads_of_both_kinds_stand_side_by_side(tmp_path: Path) -> None:
     heads = {1: affine(8, 8), 3: random_head(8, 5)}
-    dataclasses.replace(some_exits(), heads=heads).save(tmp_path / "mlp")
-    some_exits().save(tmp_path / "affine")
+    bare = dataclasses.replace(some_exits(), proposal=None)
+    dataclasses.replace(bare, heads=heads).save(tmp_path / "mlp")
+    bare.save(tmp_path / "affine")
     found, units = FittedExits.load(tmp_path / "mlp").heads, torch.randn(4, 8)
     for layer, head in heads.items():
         assert type(found[layer]) is type(head)
@@ -71,6 +82,31 @@ def test_heads_of_both_kinds_stand_side_by_side(tmp_path: Path) -> None:
         json.loads((tmp_path / n / MANIFEST).read_text())["format"] for n in ("affine", "mlp")
     ]
     assert formats == [1, 2], "whoever knows affine heads alone refuses the other folder"
+
+
+def test_a_proposal_takes_no_number_for_each_id_of_the_vocabulary(tmp_path: Path) -> None:
+    some_exits().save(tmp_path)
+    names = {name for name in load_file(tmp_path / WEIGHTS) if name.startswith("proposal")}
+    assert names == {"proposal.right", "proposal.mix"}
+    assert json.loads((tmp_path / MANIFEST).read_text())["format"] == 3, "older readers refuse it"
+
+
+def test_a_proposal_of_an_older_folder_is_read(tmp_path: Path) -> None:
+    left, right = torch.randn(16, 2), torch.randn(2, 8)
+    old = dataclasses.replace(some_exits(), proposal=LowRankFit(right, left, is_whole=True))
+    old.save(tmp_path)
+    assert json.loads((tmp_path / MANIFEST).read_text())["format"] == 1, "as it was written then"
+    found = FittedExits.load(tmp_path).proposal
+    assert found is not None and found.is_whole
+    proposal = found.of(torch.randn(16, 8))
+    assert torch.equal(proposal.left, left) and torch.equal(proposal.right, right)
+
+
+def test_half_of_a_proposal_is_refused(tmp_path: Path) -> None:
+    some_exits().save(tmp_path)
+    without(tmp_path, "proposal.mix")
+    with pytest.raises(FittedExitsError, match=r"found no tensor .proposal\.mix."):
+        FittedExits.load(tmp_path)
 
 
 def test_a_folder_from_before_there_were_mlps_is_read(tmp_path: Path) -> None:
@@ -87,12 +123,7 @@ def test_a_folder_from_before_there_were_mlps_is_read(tmp_path: Path) -> None:
 
 def test_half_of_an_mlp_is_refused(tmp_path: Path) -> None:
     dataclasses.replace(some_exits(), heads={1: random_head(8, 5)}).save(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    del tensors["heads.1.up.bias"]
-    save_file(tensors, tmp_path / WEIGHTS)
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    manifest["weights_sha256"] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    without(tmp_path, "heads.1.up.bias")
     with pytest.raises(FittedExitsError, match=r"found no tensor .heads\.1\.up\.bias."):
         FittedExits.load(tmp_path)
 
@@ -114,7 +145,7 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
         FittedExits.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 3}', "{", "3"])
+@pytest.mark.parametrize("content", ["[]", '{"format": 4}', "{", "3"])
 def test_manifest_of_another_kind(tmp_path: Path, content: str) -> None:
     some_exits().save(tmp_path)
     (tmp_path / MANIFEST).write_text(content)

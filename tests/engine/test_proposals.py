@@ -42,7 +42,7 @@ def states(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def proposals(dtype: torch.dtype) -> list[Proposal]:
     many = states(500).double()
-    factor = fit_low_rank(head(dtype), many.T @ many / len(many), 16)
+    factor = fit_low_rank(head(dtype), many.T @ many / len(many), 16).of(head(dtype))
     listed = ShortlistProposal(head(dtype), torch.arange(V))
     return [
         factor,
@@ -94,16 +94,26 @@ def test_knowing_the_states_makes_a_better_factor() -> None:
     exact = fresh @ head(torch.float32).T
 
     def error(moment: torch.Tensor) -> float:
-        return float((fit_low_rank(head(torch.float32), moment, 16)(fresh) - exact).norm())
+        weight = head(torch.float32)
+        return float((fit_low_rank(weight, moment, 16).of(weight)(fresh) - exact).norm())
 
     aware = error(many.T @ many / len(many))
     assert aware < 0.1 * error(torch.eye(E, dtype=torch.float64))
 
 
 def test_a_factor_of_full_rank_is_the_head() -> None:
-    factor = fit_low_rank(head(torch.float32), torch.eye(E, dtype=torch.float64), E)
-    exact = states(8) @ head(torch.float32).T
-    torch.testing.assert_close(factor(states(8)), exact, rtol=1e-4, atol=1e-3)
+    weight = head(torch.float32)
+    factor = fit_low_rank(weight, torch.eye(E, dtype=torch.float64), E)
+    assert factor.mix.shape == (E, E) and not factor.is_whole
+    exact = states(8) @ weight.T
+    torch.testing.assert_close(factor.of(weight)(states(8)), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_factors_are_of_the_head_s_type() -> None:
+    weight = head(torch.bfloat16)
+    found = fit_low_rank(weight, torch.eye(E, dtype=torch.float64), 8).of(weight)
+    assert (found.left.dtype, found.right.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (found.left.shape, found.right.shape) == ((V, 8), (8, E))
 
 
 def test_the_moment_is_that_of_the_normed_states(tiny_llama: Path) -> None:

@@ -183,7 +183,8 @@ def test_a_pruned_end_is_part_of_the_risk(random_model: tuple[SegmentedModel, li
     never = next(setting for setting in grid if set(setting.thresholds) == {NEVER})
     assert never.cost == pytest.approx(costs.with_exits([3], [0.0])) and never.exit_share == 0
     lost = 0.0
-    for row, found in zip(rows[:40], Replay(cut, settings).run(rows[:40], [[NEVER]])[0]):
+    [replayed] = Replay(cut, settings).run(rows[:40], [[NEVER]])
+    for row, found in zip(rows[:40], replayed, strict=True):
         wrong = [a != b for a, b in zip(row.generated_ids, found.token_ids, strict=True)]
         lost += sum(wrong) / len(wrong) / 40
     assert never.tuning_risk == pytest.approx(lost) and lost > 0.3

@@ -40,7 +40,7 @@ def choose_exits(
         on_rows: progress.
 
     Returns:
-        Fastest first; "no exits" is among them.
+        The one that pays most first; "no exits" is among them.
     """
     layers = list(layers or range(1, model.num_layers))
     others, looked_at = split_rows(rows, LOOKED_AT, seed)

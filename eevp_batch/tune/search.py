@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,10 @@ class Costs:
         end = self.head if self.final_k is None else self.rescoring
         return total + staying * ((self.num_layers - before) * self.layer + end)
 
+    def speed(self, layers: Sequence[int], shares: Sequence[float]) -> float:
+        """As a multiple of full depth; without exit layers nobody asks, and it is 1."""
+        return self.full_depth / self.with_exits(layers, shares) if layers else 1.0
+
     @property
     def exit_check(self) -> float:
         """To ask at the first exit."""
@@ -178,17 +182,20 @@ def search_exits(
 ) -> list[ExitChoice]:
     """Every set of one or two exits with the boldest thresholds that the target allows.
 
-    That bridged keys and values change later tokens is not predicted; calibration measures it.
+    That bridged keys and values change later tokens is not predicted; calibration measures it. So
+    exits have to pay by generated tokens alone: else bridged prompts, which seem to cost nothing,
+    would draw the first exit to the first layer.
 
     Args:
         tables: by candidate layer.
-        costs: what each part costs.
+        costs: what each part costs; bridged prompts count in the speeds, not in the order.
         target: share of all tokens that must leave as they would at full depth.
         most_exits: 1 or 2.
 
     Returns:
-        Fastest first; "no exits" (speed 1) is among them.
+        The one that pays most first; "no exits" (speed 1) is among them.
     """
+    whole, costs = costs, replace(costs, bridges_prompts=False)
     found = [ExitChoice((), (), (), 0.0, 1.0)]
     layers = sorted(tables)
     firsts = [layer for layer in layers if tables[layer].budget(target) > -1e-9]
@@ -200,7 +207,8 @@ def search_exits(
                 continue
             tried = [_chosen(tables, costs, pair, target, (s, 1.0)) for s in BUDGET_SPLITS]
             found.append(max(tried, key=lambda choice: choice.speed))
-    return sorted(found, key=lambda choice: (-choice.speed, len(choice.layers), choice.layers))
+    found.sort(key=lambda choice: (-choice.speed, len(choice.layers), choice.layers))
+    return [replace(choice, speed=whole.speed(choice.layers, choice.shares)) for choice in found]
 
 
 def _chosen(
@@ -236,7 +244,7 @@ def _chosen(
         thresholds.append(threshold)
         shares.append(float(leaves.sum()) / count)
         staying = staying & ~leaves
-    speed = costs.full_depth / costs.with_exits(layers, shares)
+    speed = costs.speed(layers, shares)
     wrong = (int(lost.sum()) + spent) / count
     return ExitChoice(layers, tuple(thresholds), tuple(shares), wrong, speed)
 

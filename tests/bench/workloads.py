@@ -60,6 +60,14 @@ def options() -> argparse.Namespace:
         "--targets", type=_numbers, default=list(TARGETS),
         help="unchanged tokens that the search of layers asks for; the next where none pays",
     )  # fmt: skip
+    parser.add_argument(
+        "--fit-options", type=str.split, default=["--proposal-rank", "64"], metavar="OPTIONS",
+        help="of every fit, in one string",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", dest="fields", action="append", default=[], metavar="FIELD=VALUE",
+        help="of the job, for all stages with heads",
+    )  # fmt: skip
     parser.add_argument("--deltas", type=_numbers, default=[0.01, 0.02, 0.05])
     parser.add_argument("--settings", type=int, default=12, help="thresholds that are tried")
     parser.add_argument("--rounds", type=int, default=2)
@@ -100,6 +108,8 @@ def bench_of(name: str, chosen: argparse.Namespace) -> Bench:
         targets=chosen.targets,
         rounds=chosen.rounds,
         processes=chosen.processes,
+        fit_options=chosen.fit_options,
+        fields=chosen.fields,
         finished=dict(chosen.finished).get(name),
     )
 

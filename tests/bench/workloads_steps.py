@@ -71,7 +71,7 @@ class Stage:
 
 
 _LOW_RANK = ("exit.kv=bridge", "exit.vocab.proposal=low_rank")
-_FIT = ("--proposal-rank", "64", "--tail", "2")
+_FIT = ("--tail", "2")
 STAGES: dict[str, Stage] = {
     "logit lens": Stage(None, None, ("exit.kv=propagate",)),
     "heads": Stage(_FIT, "heads", _LOW_RANK),
@@ -92,6 +92,8 @@ class Bench:
         settings: of thresholds, that are tried on the tuning rows.
         targets: of the search of exit layers; the next one where none pays at the one before.
         rounds, processes: of the timed part.
+        fit_options: of every `fit`.
+        fields: of the job, for all stages with heads.
         finished: a full-depth output that is there already.
     """
 
@@ -105,6 +107,8 @@ class Bench:
     targets: Sequence[float]
     rounds: int
     processes: int
+    fit_options: Sequence[str] = ()
+    fields: Sequence[str] = ()
     finished: Path | None = None
 
     @property
@@ -133,7 +137,7 @@ class Bench:
         stage = STAGES[name]
         fields = ["exit.mode=on", *stage.exit]
         if stage.heads is not None:
-            return [*fields, f"exit.heads={self.heads(stage.heads).name}"]
+            return [*fields, *self.fields, f"exit.heads={self.heads(stage.heads).name}"]
         return [*fields, f"exit.layers={self.layers()}"]
 
     def layers(self) -> list[int]:
@@ -193,8 +197,11 @@ def fit(bench: Bench) -> Json:
         tries: list[tuple[str, ...]] = [("--target", str(target)) for target in bench.targets]
         if found:
             tries = [("--layers", ",".join(map(str, bench.layers())))]
+        # What the search of layers is to reckon with.
+        fields = [part for f in (*STAGES[name].exit, *bench.fields) for part in ("--set", f)]
         for more in [*tries, ("--layers", STOCK_LAYERS)]:
-            arguments = ("fit", bench.job, str(bench.heads(name)), *rows, *options, *more)
+            given = (*rows, *options, *bench.fit_options, *fields, *more)
+            arguments = ("fit", bench.job, str(bench.heads(name)), *given)
             code, text, seconds = command(*arguments)
             if code == 0:
                 break
@@ -203,7 +210,7 @@ def fit(bench: Bench) -> Json:
         manifest = json.loads(text)
         found[name] = {
             "seconds": seconds,
-            "asked_for": more,
+            "asked_for": [*bench.fit_options, *bench.fields, *more],
             "layers": manifest["exit_layers"],
             "search": manifest["data"].get("search"),
             "rows": manifest["data"]["rows"] + manifest["data"]["held_out_rows"],
@@ -371,11 +378,17 @@ def policies(bench: Bench) -> Json:
         if setting is not None and setting["thresholds"] not in chosen:
             chosen.append(setting["thresholds"])
     fields = [field for field in bench.exit_fields("heads") if not field.startswith("exit.kv=")]
+    whole = {"verify": ["exit.vocab.final_head=full"]}  # it takes nothing else
     trial = Trial(
         job=bench.job,
         overrides=["input.path=judged.parquet"],
         points={
-            f"{kv}, {number}": [*fields, f"exit.kv={kv}", f"exit.threshold={compact(thresholds)}"]
+            f"{kv}, {number}": [
+                *fields,
+                f"exit.kv={kv}",
+                *whole.get(kv, []),
+                f"exit.threshold={compact(thresholds)}",
+            ]
             for kv in KV_POLICIES
             for number, thresholds in enumerate(chosen)
         },

@@ -14,6 +14,7 @@ from eevp_batch.engine import packed_linear
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.model_config import read_model_config
 from eevp_batch.spec import ExitSpec, ModelSpec, VocabSpec
+from eevp_batch.tune import costs as tune_costs
 from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.search import Costs
@@ -95,3 +96,9 @@ def test_no_part_is_a_product_that_this_cpu_does_not_have(
     with Watch():
         measured_costs(model, 8, 16, bridge_rank=4)
     assert torch.bfloat16 not in multiplied
+
+
+def test_kept_ids_repeat_as_those_of_text_do() -> None:
+    ids = tune_costs._kept_alike(64, 256, 49_152)
+    assert 6000 < len(ids.unique()) < 7500 and ids.shape == (64, 256)
+    assert int(tune_costs._kept_alike(4, 16, 20).max()) < 20, "a small vocabulary"

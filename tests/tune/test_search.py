@@ -75,6 +75,17 @@ def test_two_exits_where_one_leaves_much_over() -> None:
     assert {choice.layers for choice in found} == {(), (3,), (6,), (3, 6)}
 
 
+def test_bridged_prompts_move_no_exit_but_count_in_its_speed() -> None:
+    """What they change is not known yet, so that an early exit must not pay by them alone."""
+    tables = {1: table(0.0), 4: table(0.95), 8: table(0.99)}
+    beside = replace(COSTS, prompts=5.0)
+    bridged = replace(beside, bridges_prompts=True)
+    plain, moved = (search_exits(tables, costs, 0.99, 1) for costs in (beside, bridged))
+    assert [c.layers for c in moved] == [c.layers for c in plain] and moved[0].layers == (4,)
+    assert moved[0].speed == bridged.full_depth / bridged.with_exits([4], moved[0].shares)
+    assert moved[0].speed > plain[0].speed
+
+
 def test_no_exit_where_none_pays() -> None:
     wrong = {layer: table(0.05, sharp=False) for layer in range(1, 12)}
     best = search_exits(wrong, COSTS, target=0.99)[0]

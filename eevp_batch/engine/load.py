@@ -20,6 +20,7 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.stored_weights import skeleton
 from eevp_batch.engine.tokenizer import load_tokenizer
 from eevp_batch.errors import ModelError
+from eevp_batch.fitted_config import with_fitted
 from eevp_batch.model_config import (
     ModelConfig,
     prompt_room,
@@ -90,7 +91,8 @@ def load(
 
     Args:
         path: local model folder or hub id.
-        exits: exits; like the others, what a job file that says nothing would have.
+        exits: exits; like the others, what a job file that says nothing would have. Layers and
+            thresholds that they leave to `heads` and `calibration` are taken from there.
         sampling: how tokens are chosen and when a generation ends.
         limits: batch and memory.
         prompt: chat template and length of string prompts.
@@ -102,14 +104,26 @@ def load(
     spec = ModelSpec(path=path, dtype=dtype)
     sampling = sampling or SamplingSpec()
     model = read_model_config(spec)
+    exits = _with_fitted(exits or ExitSpec(), sampling, spec, model)
     tokenizer = load_tokenizer(model, spec)
     room = prompt_room(sampling, model)
     encoder = PromptEncoder(tokenizer, prompt or PromptSpec(), None, room)
     engine = build_engine(
-        load_weights(spec, model), tokenizer, exits or ExitSpec(), sampling, limits or EngineSpec()
+        load_weights(spec, model), tokenizer, exits, sampling, limits or EngineSpec()
     )
     engine.encode = lambda text: encoder.encode({"prompt": text})
     return engine
+
+
+def _with_fitted(
+    exits: ExitSpec, sampling: SamplingSpec, model: ModelSpec, config: ModelConfig
+) -> ExitSpec:
+    """Exits as a job would have them that read and wrote nothing; see `with_fitted`."""
+    nowhere = {"path": model.path}
+    job = {"version": 1, "input": nowhere, "output": nowhere, "model": model.model_dump()}
+    spec = JobSpec.model_validate(job)
+    spec = spec.model_copy(update={"exit": exits, "sampling": sampling})
+    return with_fitted(spec, config).exit
 
 
 def load_weights(

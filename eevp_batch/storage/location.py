@@ -57,6 +57,11 @@ def is_inside(path: str, folder: str) -> bool:
     return os.path.isabs(path) and os.path.commonpath([path, folder]) == folder
 
 
+def seen_from(folder: str | os.PathLike[str], text: str) -> str:
+    """A local path as a file in a folder names it, so that both can be moved; URIs stay."""
+    return text if is_uri(text) else os.path.relpath(text, folder)
+
+
 def locate(text: str | os.PathLike[str]) -> Location:
     """Find the filesystem and the path of a local path or a URI.
 

@@ -19,7 +19,7 @@ from eevp_batch.tune.calibrate import GRID, Risk, calibrate
 from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.free_run import FreeRuns, SequenceRisk, confirm
-from eevp_batch.tune.outputs import full_depth_rows
+from eevp_batch.tune.outputs import data_facts, full_depth_rows
 from eevp_batch.tune.replay import ReplaySettings
 from eevp_batch.tune.search import Costs
 from eevp_batch.tune.states import Row
@@ -119,12 +119,8 @@ def run_calibrate(
     say(f"generating {len(parts.confirmation)} other rows with exits and without, in turns")
     confirmed = confirm(runs, parts.confirmation, result.chosen.thresholds)
     confirmation = asdict(confirmed) | {"speed": confirmed.speed}
-    facts = {
-        "input": spec.input.path,
-        "from": options.source,
-        "seed": options.seed,
-        "confirmation": confirmation,
-    }
+    facts = data_facts(spec, options.source, options.seed, Path(out).parent)
+    facts["confirmation"] = confirmation
     result.to_calibration(binding, facts).save(Path(out))
     return report | {"confirmation": confirmation, "file": out}
 

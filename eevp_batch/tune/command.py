@@ -34,7 +34,12 @@ from eevp_batch.tune.choose import choose_exits
 from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.fit import FitSettings, OnProgress, fit_exits, split_rows
 from eevp_batch.tune.head_training import HeadSettings, usual_mlp_width
-from eevp_batch.tune.outputs import full_depth_engine, full_depth_rows, generate_rows
+from eevp_batch.tune.outputs import (
+    data_facts,
+    full_depth_engine,
+    full_depth_rows,
+    generate_rows,
+)
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.sample import sample_prompts
 from eevp_batch.tune.search import Costs
@@ -232,9 +237,7 @@ def run_fit(
     draw = (options.source, options.rows, options.seed)
     rows = full_depth_rows(spec, fields, encoder, engine, say, *draw)
     facts: dict[str, Any] = {
-        "input": spec.input.path,
-        "from": options.source,
-        "seed": options.seed,
+        **data_facts(spec, options.source, options.seed, Path(folder)),
         "sampling": spec.sampling.model_dump(mode="json"),
         "dtype": spec.model.dtype,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,8 +15,27 @@ from eevp_batch.engine.prompts import PromptEncoder
 from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.records import Generation, Prompt
 from eevp_batch.spec import EngineSpec, ExitSpec, JobSpec, SamplingSpec
+from eevp_batch.storage.location import seen_from
 from eevp_batch.tune.job_rows import drawn_prompts, output_rows
 from eevp_batch.tune.states import Row
+
+
+def data_facts(spec: JobSpec, source: str | None, seed: int, folder: Path) -> dict[str, Any]:
+    """Where rows are from, as a file in a folder tells it.
+
+    Args:
+        spec: the job.
+        source: a finished output that they were drawn from; None: they were generated.
+        seed: of the choice.
+        folder: that the file is in.
+    """
+    paths = [spec.input.path] if isinstance(spec.input.path, str) else spec.input.path
+    inputs = [seen_from(folder, path) for path in paths]
+    return {
+        "input": inputs[0] if len(inputs) == 1 else inputs,
+        "from": None if source is None else seen_from(folder, source),
+        "seed": seed,
+    }
 
 
 def full_depth_engine(

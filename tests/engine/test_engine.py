@@ -11,14 +11,18 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from eevp_batch.engine.fitted import FittedExits
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.load import build_engine, load
 from eevp_batch.engine.residents import EXPECT_AFTER
 from eevp_batch.engine.sequence import Sequence
-from eevp_batch.errors import EngineStalledError, UsageError
+from eevp_batch.errors import EngineStalledError, FittedExitsError, UsageError
+from eevp_batch.model_config import read_model_config
 from eevp_batch.records import Generation, Prompt, RowFailure
-from eevp_batch.spec import EngineSpec, ExitSpec, SamplingSpec, VocabSpec
+from eevp_batch.spec import EngineSpec, ExitSpec, ModelSpec, SamplingSpec, VocabSpec
 from tests.engine.conftest import NEW_TOKENS, greedy, load_model, make_engine, oracle, run
+from tests.engine.test_exit_heads import random_head
+from tests.tiny_models import NUM_LAYERS
 
 NAN_ID = 319
 
@@ -237,6 +241,22 @@ def test_strings_are_encoded_and_a_bad_one_is_its_own_failure(tiny_llama: Path) 
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         expected = oracle(load_model(tiny_llama), Prompt(row, ids), max_new_tokens=4)
         assert results[row].token_ids == expected, "a string runs as its chat prompt"
+
+
+def test_a_library_takes_layers_from_the_fitted_exits(tiny_llama: Path, tmp_path: Path) -> None:
+    """As a job does; exits of another model are refused."""
+    own = read_model_config(ModelSpec(path=str(tiny_llama))).content_hash
+    fitted = FittedExits(own, NUM_LAYERS, 32, (2, 5), {2: random_head(32), 5: random_head(32)})
+    fitted.save(tmp_path / "own")
+    replace(fitted, model_hash="0" * 64).save(tmp_path / "another")
+
+    def layers(heads: str) -> list[int]:
+        exits, short = ExitSpec(heads=str(tmp_path / heads)), SamplingSpec(max_new_tokens=4)
+        return list(load(str(tiny_llama), exits, short, dtype="float32").model.exit_layers)
+
+    assert layers("own") == [2, 5, NUM_LAYERS]
+    with pytest.raises(FittedExitsError, match=r"exit\.heads: .*another: found exits fitted for"):
+        layers("another")
 
 
 def test_a_string_without_an_encoder_is_refused(tiny_llama: Path) -> None:

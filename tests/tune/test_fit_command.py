@@ -52,6 +52,8 @@ def test_named_layers_are_fitted(tmp_path: Path, tiny_llama: Path) -> None:
     found = FittedExits.load(tmp_path / "fitted")
     assert (found.exit_layers, found.tail) == ((2, 4), 2)
     assert found.proposal is not None
+    data = found.facts["data"]
+    assert (data["input"], data["from"]) == ("../in.parquet", None), "both may be moved"
     down = found.bridges["generated", 2].down
     assert down is not None and down.shape == (8, 4 * 32), "state, the one before, lifted ones"
     valid = CliRunner().invoke(main, ["validate", str(job)])

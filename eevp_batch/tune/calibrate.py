@@ -36,6 +36,8 @@ GRID = 24
 """Settings that are replayed on the tuning rows."""
 _TESTED_AT_ONCE = 4
 """Settings of the path that share a pass over the calibration rows; the last few may be wasted."""
+_FOREIGN = 0.1
+"""Share of delta that may differ with exits off before it is said: it ought to be nothing."""
 
 
 class Risk(Protocol):
@@ -254,6 +256,12 @@ def _why_none(result: CalibrationResult, losses: Losses) -> tuple[str, int | Non
         else rows_needed(delta, epsilon, mean)
     )
     said = f"the most cautious thresholds have a risk of {mean:.4f} on the calibration rows"
+    without = result.settings[0].tuning_risk
+    if without > _FOREIGN * delta:
+        said += (
+            f" ({without:.4f} of the tuning rows' tokens differ with exits off: these rows were "
+            "generated on another machine or by another version; generate them again)"
+        )
     if mean >= delta:
         return f"{said}, not below delta, {delta:g}: no number of rows would certify it", None
     if needed is None or needed <= len(losses):

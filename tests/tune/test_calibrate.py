@@ -168,6 +168,22 @@ def test_a_failure_says_why(
         assert result.rows_needed > 120
 
 
+def test_rows_of_another_machine_are_told(agreeing: tuple[SegmentedModel, list[Row]]) -> None:
+    """One of a row's tokens came out otherwise there; exits are not to blame."""
+    model, rows = agreeing
+    foreign = [
+        Row(row.prompt_ids, [*row.generated_ids[:-1], 3 + (row.generated_ids[-1] - 2) % 300])
+        for row in rows
+    ]
+    changed = sum(1 / len(row.generated_ids) for row in rows[:40]) / 40
+    settings = settings_for(EXIT, [3])
+    result = calibrate(model, settings, foreign[:40], foreign[40:], grid=4, **LOOSE)
+    assert result.settings[0].tuning_risk == pytest.approx(changed) and changed > 0.04
+    assert f"{changed:.4f} of the tuning rows' tokens differ with exits off" in str(result.reason)
+    own = calibrate(model, settings, rows[:40], rows[40:], risk=Fixed([0.3] * 120), grid=4, **LOOSE)
+    assert "exits off" not in str(own.reason), "these rows are its own"
+
+
 def test_a_pruned_end_is_part_of_the_risk(random_model: tuple[SegmentedModel, list[Row]]) -> None:
     """Even where nobody leaves: the last layer's token is often not among four of 320 ids."""
     model, rows = random_model

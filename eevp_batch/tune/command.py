@@ -246,6 +246,7 @@ def run_fit(
         layers, facts["search"] = _searched(model, rows, spec, options, say)
     settings = FitSettings(
         layers,
+        prompt_bridge=spec.exit.prefill == "bridge",
         bridge_rank=options.bridge_rank,
         proposal_rank=options.proposal_rank,
         shortlist=options.shortlist,

@@ -71,11 +71,12 @@ class Stage:
 
 
 _LOW_RANK = ("exit.kv=bridge", "exit.vocab.proposal=low_rank")
+_BRIDGED = "exit.prefill=bridge"
 _FIT = ("--tail", "2")
 STAGES: dict[str, Stage] = {
     "logit lens": Stage(None, None, ("exit.kv=propagate",)),
     "heads": Stage(_FIT, "heads", _LOW_RANK),
-    "heads, prompts bridged": Stage(None, "heads", (*_LOW_RANK, "exit.prefill=bridge")),
+    "heads, prompts bridged": Stage(None, "heads", (*_LOW_RANK, _BRIDGED)),
     # Its training takes minutes, so that it is only run where `--stage` names it.
     "heads and adapter": Stage((*_FIT, "--adapter-rank", "16"), "heads and adapter", _LOW_RANK),
 }
@@ -197,8 +198,10 @@ def fit(bench: Bench) -> Json:
         tries: list[tuple[str, ...]] = [("--target", str(target)) for target in bench.targets]
         if found:
             tries = [("--layers", ",".join(map(str, bench.layers())))]
-        # What the search of layers is to reckon with.
-        fields = [part for f in (*STAGES[name].exit, *bench.fields) for part in ("--set", f)]
+        # What the search of layers is to reckon with, and whether prompts are to have a bridge.
+        bridged = [_BRIDGED] * any(_BRIDGED in STAGES[s].exit for s in bench.workload.stages)
+        exits = (*STAGES[name].exit, *bridged, *bench.fields)
+        fields = [part for field in exits for part in ("--set", field)]
         for more in [*tries, ("--layers", STOCK_LAYERS)]:
             given = (*rows, *options, *bench.fit_options, *fields, *more)
             arguments = ("fit", bench.job, str(bench.heads(name)), *given)

@@ -26,8 +26,9 @@ from eevp_batch.storage.store import Store
 from eevp_batch.storage.verify import verify
 from eevp_batch.tune.audited import audit_figures
 from tests.bench.machine import setup, write_json
+from tests.bench.workloads_bench import STAGES, slug
 from tests.bench.workloads_jobs import ROOT
-from tests.bench.workloads_steps import EPSILON, STAGES, command, slug
+from tests.bench.workloads_steps import EPSILON, command
 from tests.plain_output import events
 
 AUDITED = 0.33

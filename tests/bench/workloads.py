@@ -19,13 +19,12 @@ from typing import Any
 from eevp_batch.report.svg import line_chart
 from tests.bench.exits_pay import OFF
 from tests.bench.machine import setup, write_json
+from tests.bench.workloads_bench import STAGES, Bench
 from tests.bench.workloads_jobs import WORKLOADS, Sizes
 from tests.bench.workloads_steps import (
     KV_POLICIES,
-    STAGES,
     STEPS,
     TARGETS,
-    Bench,
     Json,
     certified_setting,
     read_step,

@@ -62,7 +62,7 @@ class Workload:
         learned: rows to fit and calibrate with.
         judged: rows to judge by.
         answer: when a text is right, see `ANSWERS`.
-        stages: names of the exits that are tried on it, see `workloads_steps.STAGES`.
+        stages: names of the exits that are tried on it, see `workloads_bench.STAGES`.
     """
 
     fields: dict[str, Any]

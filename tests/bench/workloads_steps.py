@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
 from eevp_batch.engine.cut import cut_model
 from eevp_batch.engine.load import load_job_model
 from eevp_batch.engine.segmented_model import SegmentedModel
-from eevp_batch.fitted_config import job_binding, read_manifest
+from eevp_batch.fitted_config import job_binding
 from eevp_batch.prepare import prepare
 from eevp_batch.report.summary import summarise
 from eevp_batch.storage.store import Store
@@ -28,7 +27,6 @@ from eevp_batch.tune.calibration_result import CalibrationResult
 from eevp_batch.tune.certify import certify as certified_place
 from eevp_batch.tune.costs import for_job, measured_costs
 from eevp_batch.tune.fit import split_rows
-from eevp_batch.tune.job_rows import output_rows
 from eevp_batch.tune.potential import measure_potential
 from eevp_batch.tune.replay import Replay, Thresholds
 from eevp_batch.tune.states import Row
@@ -36,7 +34,7 @@ from eevp_batch.tune.survey import quick_heads
 from tests.bench.exits_pay import OFF, Trial, charged, figures, measure
 from tests.bench.machine import write_json
 from tests.bench.quality import Judge
-from tests.bench.workloads_jobs import Sizes, Workload
+from tests.bench.workloads_bench import BRIDGED, STAGES, Bench, slug
 
 EPSILON = 0.05
 UNFITTED_ROWS = 100
@@ -48,117 +46,11 @@ CHARGE_TO = 20_000
 TARGETS = (0.99, 0.95, 0.9)
 """Of the search of exit layers, if nothing else is said; see `Bench`."""
 STOCK_LAYERS = "20,25"
-"""Where none pays at any of them: those of jobs/corpus.yaml."""
+"""Where none pays at any of them."""
 
 KV_POLICIES = ("propagate", "bridge", "recompute", "verify")
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Exits that are tried.
-
-    Attributes:
-        fit: what `fit` is asked for, beside the rows; None: nothing is fitted for it.
-        heads: the stage whose fit it uses; None: no heads.
-        exit: what the job says of them.
-    """
-
-    fit: tuple[str, ...] | None
-    heads: str | None
-    exit: tuple[str, ...]
-
-
-_LOW_RANK = ("exit.kv=bridge", "exit.vocab.proposal=low_rank")
-_BRIDGED = "exit.prefill=bridge"
-_FIT = ("--tail", "2")
-STAGES: dict[str, Stage] = {
-    "logit lens": Stage(None, None, ("exit.kv=propagate",)),
-    "heads": Stage(_FIT, "heads", _LOW_RANK),
-    "heads, prompts bridged": Stage(None, "heads", (*_LOW_RANK, _BRIDGED)),
-    # Its training takes minutes, so that it is only run where `--stage` names it.
-    "heads and adapter": Stage((*_FIT, "--adapter-rank", "16"), "heads and adapter", _LOW_RANK),
-}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A workload, its folder, and how it is measured.
-
-    Attributes:
-        model: folder of the model.
-        dtype: number type that it runs in.
-        deltas: risks to certify.
-        settings: of thresholds, that are tried on the tuning rows.
-        targets: of the search of exit layers; the next one where none pays at the one before.
-        rounds, processes: of the timed part.
-        fit_options: of every `fit`.
-        fields: of the job, for all stages with heads.
-        finished: a full-depth output that is there already.
-    """
-
-    workload: Workload
-    folder: Path
-    sizes: Sizes
-    model: Path
-    dtype: str
-    deltas: Sequence[float]
-    settings: int
-    targets: Sequence[float]
-    rounds: int
-    processes: int
-    fit_options: Sequence[str] = ()
-    fields: Sequence[str] = ()
-    finished: Path | None = None
-
-    @property
-    def job(self) -> str:
-        return str(self.folder / "job.yaml")
-
-    @property
-    def out(self) -> Path:
-        """The full-depth output."""
-        return self.finished or self.folder / "full-depth"
-
-    def heads(self, stage: str) -> Path:
-        """Where the fit of a stage is."""
-        return self.folder / slug(stage)
-
-    def certificate(self, stage: str, delta: float) -> Path:
-        """The certified thresholds of a stage."""
-        return self.folder / f"{slug(stage)}-{delta:g}.json"
-
-    def step_file(self, name: str) -> Path:
-        """What a step found."""
-        return self.folder / f"step-{name}.json"
-
-    def exit_fields(self, name: str) -> list[str]:
-        """What a job says to have the exits of a stage, thresholds apart."""
-        stage = STAGES[name]
-        fields = ["exit.mode=on", *stage.exit]
-        if stage.heads is not None:
-            return [*fields, *self.fields, f"exit.heads={self.heads(stage.heads).name}"]
-        return [*fields, f"exit.layers={self.layers()}"]
-
-    def layers(self) -> list[int]:
-        """Those of the first fit: what is not fitted is tried at the same exits."""
-        return list(read_manifest(self.heads("heads"))["exit_layers"])
-
-    def rows(self, count: int, *, fitted: bool) -> list[Row]:
-        """Rows of the full-depth output in random order, exits fitted to them or not."""
-        job = prepare(self.job, [])
-        encoder = load_job_model(job.spec, job.model).encoder
-        keys = str(read_manifest(self.heads("heads"))["data"]["prompt_keys"]).split()
-        seed = self.sizes.seed
-        if not fitted:
-            return output_rows(str(self.out), job.plan.fields, encoder, count, seed, keys)
-        return output_rows(str(self.out), job.plan.fields, encoder, self.sizes.fit, seed)[:count]
-
-
-def slug(name: str) -> str:
-    """A stage's name as that of a file."""
-    return name.replace(",", "").replace(" ", "-")
 
 
 def command(*arguments: str) -> tuple[int, str, float]:
@@ -177,7 +69,7 @@ def command(*arguments: str) -> tuple[int, str, float]:
 
 def generate(bench: Bench) -> Json:
     """Write the rows and run them at full depth; a finished output is taken as it is."""
-    if not Path(bench.job).exists():
+    if not (bench.folder / "job.yaml").exists():
         bench.workload.write(bench.folder, bench.model, bench.dtype)
     if bench.finished is None:
         code, *_ = command("submit", bench.job)
@@ -199,7 +91,7 @@ def fit(bench: Bench) -> Json:
         if found:
             tries = [("--layers", ",".join(map(str, bench.layers())))]
         # What the search of layers is to reckon with, and whether prompts are to have a bridge.
-        bridged = [_BRIDGED] * any(_BRIDGED in STAGES[s].exit for s in bench.workload.stages)
+        bridged = [BRIDGED] * any(BRIDGED in STAGES[s].exit for s in bench.workload.stages)
         exits = (*STAGES[name].exit, *bridged, *bench.fields)
         fields = [part for field in exits for part in ("--set", field)]
         for more in [*tries, ("--layers", STOCK_LAYERS)]:

@@ -7,7 +7,7 @@ the engine's own sequences, one token after another.
 from __future__ import annotations
 
 import random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from eevp_batch.engine.segmented_model import SegmentedModel
 from eevp_batch.engine.sequence import ScoredTokens, ShortPrompt
 from eevp_batch.engine.sequence import Sequence as Generating
 from eevp_batch.records import Prompt, TokenExit
-from eevp_batch.spec import SamplingSpec
+from eevp_batch.spec import SamplingSpec, VocabSpec
 from eevp_batch.tune.replay import Replay, Replayed, ReplaySettings, Thresholds
 from eevp_batch.tune.states import Row
 from tests.engine.conftest import load_model
@@ -43,19 +43,23 @@ class Case(NamedTuple):
         kv: the KV policy.
         tail, lead: of prompts that are bridged; None: they run in full.
         prune: number of the exit that cuts the vocabulary.
+        final_head: what the last layer scores.
     """
 
     kv: str
     tail: int | None = None
     lead: int = 0
     prune: int = 0
+    final_head: Literal["full", "pruned"] = "full"
 
 
-EXACT = [Case("recompute"), Case("verify")]
+EXACT = [Case("recompute"), Case("recompute", final_head="pruned"), Case("verify")]
 APPROXIMATE = [
     Case("propagate"),
     Case("bridge"),
     Case("bridge", prune=1),
+    Case("propagate", prune=1, final_head="pruned"),
+    Case("bridge", final_head="pruned"),
     Case("bridge", tail=3),
     Case("bridge", tail=1, lead=6),
 ]
@@ -73,7 +77,10 @@ class Trial(NamedTuple):
         if case.kv == "bridge":
             model.use(tiny_fitted(path, layers))
         prefill = "full" if case.tail is None else "bridge"
-        exits = exit_spec(layers, [0.0] * len(layers), kv=case.kv, prefill=prefill, max_waiting=3)
+        vocab = VocabSpec(top_k=32, final_head=case.final_head)
+        exits = exit_spec(
+            layers, [0.0] * len(layers), kv=case.kv, prefill=prefill, max_waiting=3, vocab=vocab
+        )
         settings = ReplaySettings(
             exits=exits,
             sampling=SamplingSpec(max_new_tokens=24),

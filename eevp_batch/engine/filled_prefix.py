@@ -55,7 +55,7 @@ def fill_prefix(
             part = model.part(depth)
             store = pool.stores[model.parts.index(part)]
             with part.run_lock, part.place.current():
-                tokens = pack([prefix], depth, store, part.layers.row_multiple)
+                tokens = pack([prefix], depth, store, part.layers.padding)
                 part.run_segment(depth, tokens, store)
             prefix.mark_filled(depth)
             num_packed += tokens.num_tokens

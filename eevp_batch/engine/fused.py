@@ -21,8 +21,9 @@ from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.decoder_part import DecoderPart
 from eevp_batch.engine.host_memory import let_freed_memory_go
 from eevp_batch.engine.kv_store import PAGE_SIZE, KvLayout, KvStore
-from eevp_batch.engine.packed_linear import FEWEST_ROWS, PackedLinear
+from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.packing import PackedTokens
+from eevp_batch.engine.row_sizes import to_size
 from eevp_batch.engine.stored_weights import present, settle
 
 BLOCK_ROWS = 4
@@ -118,7 +119,7 @@ class FusedLayers:
     hidden_dtype = torch.float32
     kv_layout: KvLayout = "lane"
     page_size = PAGE_SIZE
-    row_multiple = FEWEST_ROWS
+    padding = staticmethod(to_size)
 
     def __init__(self, part: DecoderPart, head_weight: torch.Tensor) -> None:
         config = part.config

@@ -8,11 +8,21 @@ contexts remain: confidences are then equal to rounding (about 1e-6).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+Padding = Callable[[int], int]
+"""Of so many rows, how many to make."""
+
 ROW_MULTIPLE = 16
 """Dense products are padded to a multiple of this many rows."""
 
 _SMALL_PRODUCT = 4096
 """torch gives bfloat16 products of at most so many multiply-adds to another kernel."""
+
+
+def to_multiple(num_rows: int) -> int:
+    """Rows up to the next multiple of `ROW_MULTIPLE`."""
+    return num_rows + -num_rows % ROW_MULTIPLE
 
 
 def fewest_rows(work_per_row: int) -> int:

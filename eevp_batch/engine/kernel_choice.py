@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eevp_batch.engine.attention import Gather, Kernel, paged_attention
-from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.invariance import to_multiple
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import pack
 from eevp_batch.engine.paged_kernels import VARLEN_PAGE, AttentionShape, Flex, Varlen
@@ -96,10 +96,10 @@ def attend_a_little(kernel: Kernel, shape: AttentionShape) -> list[torch.Tensor]
         pool.admit(sequence, sequence.max_positions, [])
     generator = torch.Generator().manual_seed(0)
     found = []
-    for row_multiple in (1, 1, ROW_MULTIPLE):
+    for padding in (int, int, to_multiple):  # int: none
         for sequence in sequences:
             pool.grow(sequence)
-        tokens = pack(sequences, 0, pool, row_multiple)
+        tokens = pack(sequences, 0, pool, padding)
         query, key, value = (
             torch.randn(1, heads, tokens.num_rows, shape.head_size, generator=generator)
             .to(shape.dtype)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from eevp_batch.engine.attention import ATTENTION_NAME, Kernel
 from eevp_batch.engine.bridges import Bridges, SkippingTokens
 from eevp_batch.engine.decoder_part import DecoderPart
-from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.invariance import to_multiple
 from eevp_batch.engine.kernel_choice import choose_kernel
 from eevp_batch.engine.kv_store import KvLayout, KvStore
 from eevp_batch.engine.packing import PackedTokens
@@ -36,7 +36,7 @@ class ModuleLayers:
         bridges: what gives skipped layers their keys/values; None: those layers' projections.
     """
 
-    row_multiple = ROW_MULTIPLE
+    padding = staticmethod(to_multiple)
 
     def __init__(self, part: DecoderPart, kernel: Kernel | None = None) -> None:
         part.config._attn_implementation = ATTENTION_NAME
@@ -113,7 +113,7 @@ class ModuleLayers:
     def scores(self, normed: torch.Tensor) -> torch.Tensor:
         """LM-head scores over the whole vocabulary, [B, E] -> [B, V]."""
         rows = len(normed)
-        padded = pad(normed, (0, 0, 0, -rows % ROW_MULTIPLE))
+        padded = pad(normed, (0, 0, 0, to_multiple(rows) - rows))
         out: torch.Tensor = self._head(padded)[:rows]
         return out
 

@@ -11,12 +11,14 @@ import logging
 import torch
 from torch.nn.functional import linear, pad
 
+from eevp_batch.engine.row_sizes import Product, alike, blocks, sums_differ, to_size
+
 _log = logging.getLogger(__name__)
 
 PACK_ROWS = 64
 """Rows that weights are laid out for; other numbers run on the same layout."""
 FEWEST_ROWS = 2
-"""A product with a single row is another kernel, whose sums have another order."""
+"""On a GPU a product with a single row is another kernel, whose sums have another order."""
 
 
 class PackedLinear:
@@ -44,6 +46,9 @@ class PackedLinear:
             weight = weight.float()
             self._bias = None if self._bias is None else self._bias.float()
         self._packed = pack_weight(weight)
+        self._on_cpu = weight.device.type == "cpu"
+        self._shape = weight.shape[1], weight.shape[0]
+        self._sums_differ = self._packed is not None and sums_differ(weight)
         self._weight = weight if self._packed is None else None
 
     @property
@@ -53,8 +58,26 @@ class PackedLinear:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[N, in] -> [N, out]; a row's result is the same for every N."""
-        if len(rows) < FEWEST_ROWS:
-            return self(pad(rows, (0, 0, 0, FEWEST_ROWS - len(rows))))[: len(rows)]
+        if self._sums_differ:
+            return self._in_blocks(rows)
+        return self._padded(
+            rows, to_size(len(rows)) if self._on_cpu else max(FEWEST_ROWS, len(rows))
+        )
+
+    def _in_blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """By products of the sizes that sum alike."""
+        sizes = blocks(len(rows), alike(_laid_out, *self._shape, torch.get_num_threads()))
+        if len(sizes) == 1:
+            return self._padded(rows, sizes[0])
+        parts = torch.split(rows, sizes[0])
+        return torch.cat(
+            [self._padded(part, size) for part, size in zip(parts, sizes, strict=True)]
+        )
+
+    def _padded(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+        """One product, of `size` rows."""
+        if missing := size - len(rows):
+            return self._padded(pad(rows, (0, 0, 0, missing)), size)[: len(rows)]
         if self._narrow is not None:
             return self._product(rows.float()).to(self._narrow)
         return self._product(rows)
@@ -96,3 +119,8 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
         return None
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
     return packed
+
+
+def _laid_out(weight: torch.Tensor) -> Product:
+    """A weight's product of exactly as many rows as it is given."""
+    return PackedLinear(weight)._product

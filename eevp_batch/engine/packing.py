@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from eevp_batch.engine.invariance import Padding
 from eevp_batch.engine.kv_store import SCRATCH_PAGE, KvStore
 from eevp_batch.engine.sequence import Kind, Origin, Sequence, Waiting
 from eevp_batch.engine.upload import columns_to_device
@@ -93,7 +94,7 @@ class PackedTokens:
 
 
 def pack(
-    sequences: SequenceOf[Sequence], depth: int, pool: KvStore, row_multiple: int
+    sequences: SequenceOf[Sequence], depth: int, pool: KvStore, padding: Padding
 ) -> PackedTokens:
     """Pack what the sequences must bring into segment `depth`.
 
@@ -103,11 +104,11 @@ def pack(
         sequences: who runs, with pages up to the front token.
         depth: 0-based segment.
         pool: where they live.
-        row_multiple: N and W are padded to multiples of this.
+        padding: of N, and of the rows of each origin in W.
     """
     entering = [(sequence, sequence.waiting(depth)) for sequence in sequences]
     order = sorted(range(len(entering)), key=lambda i: len(entering[i][1].run) > 1)
-    rows = _Rows(pool, row_multiple)
+    rows = _Rows(pool, padding)
     scored_rows = [range(0)] * len(entering)
     for index in order:
         scored_rows[index] = rows.add(*entering[index])
@@ -117,8 +118,8 @@ def pack(
 class _Rows:
     """The columns of a pack while it grows."""
 
-    def __init__(self, pool: KvStore, row_multiple: int) -> None:
-        self._device, self._row_multiple = pool.device, row_multiple
+    def __init__(self, pool: KvStore, padding: Padding) -> None:
+        self._device, self._padding = pool.device, padding
         self._page_size = pool.page_size
         self._token_ids: list[int] = []
         self._positions: list[int] = []
@@ -193,7 +194,7 @@ class _Rows:
 
     def _padded(self, column: list[int]) -> list[int]:
         """Padded with zeros: id 0 at position 0, in slot 0 of the scratch page."""
-        return column + [0] * (-len(column) % self._row_multiple)
+        return column + [0] * (self._padding(len(column)) - len(column))
 
 
 def _slots(pages: list[int], positions: SequenceOf[int], size: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from eevp_batch.engine.invariance import ROW_MULTIPLE
+from eevp_batch.engine.invariance import to_multiple
 from eevp_batch.engine.packed_linear import PackedLinear
 from eevp_batch.engine.stored_weights import execution_device, present
 from eevp_batch.errors import UsageError
@@ -187,8 +187,8 @@ def likeliest_ids(
 
 
 def _filled_up(states: torch.Tensor) -> torch.Tensor:
-    """States [B, E] with rows of zeros up to a multiple of `ROW_MULTIPLE`."""
-    return pad(states, (0, 0, 0, -len(states) % ROW_MULTIPLE))
+    """States [B, E] with rows of zeros up to a multiple."""
+    return pad(states, (0, 0, 0, to_multiple(len(states)) - len(states)))
 
 
 def fit_low_rank(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> LowRankFit:

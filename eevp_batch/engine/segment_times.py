@@ -44,7 +44,7 @@ def nearly_best(seconds: dict[int, float]) -> int:
 def layer_time(model: SegmentedModel, num_rows: int) -> float:
     """Seconds of the first layer over so many rows, attention's reading left out; the best try."""
     pool = model.make_pool(num_pages=1, max_resident=1, max_pages=1)
-    num_rows += -num_rows % model.layers.row_multiple
+    num_rows = model.layers.padding(num_rows)
     rows = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
     tokens = PackedTokens(
         token_ids=rows,

@@ -57,7 +57,7 @@ class Stage:
         """
         try:
             with self.model.run_lock:
-                tokens = pack(sequences, depth, self.store, self.model.layers.row_multiple)
+                tokens = pack(sequences, depth, self.store, self.model.layers.padding)
                 states = self.runner.run(depth, tokens)
                 scored = ScoredTokens.of(sequences, tokens.scored)
                 decision = self.rule.decide(depth, states, scored)

@@ -277,7 +277,7 @@ class _Pass:
         found = known.copy()
         if not running:
             return found
-        tokens = pack(running, depth, self._pool, self._model.layers.row_multiple)
+        tokens = pack(running, depth, self._pool, self._model.layers.padding)
         states = self._model.run_segment(depth, tokens, self._pool)
         decision = self._rule.decide(depth, states, _scored(seats, steps))
         found.confidences[seats] = decision.confidences

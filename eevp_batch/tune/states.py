@@ -174,7 +174,7 @@ def _pass(
         pool.admit(sequence, sequence.num_prompt, pages, num_shared)
         pool.grow(sequence)
         sequences.append(sequence)
-    packed = pack(sequences, 0, pool, model.layers.row_multiple)
+    packed = pack(sequences, 0, pool, model.layers.padding)
     device = model.device
     every = torch.arange(packed.num_tokens, device=device)
     prompt: list[int] = []

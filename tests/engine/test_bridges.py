@@ -221,7 +221,7 @@ def test_a_bridge_that_looks_back_sees_the_token_before(
     pool.grow(row)
     first = None
     for depth in range(model.num_segments):
-        tokens = pack([row], depth, pool, model.layers.row_multiple)
+        tokens = pack([row], depth, pool, model.layers.padding)
         model.run_segment(depth, tokens, pool)
         row.mark_filled(depth)
         first = pool.hidden.clone() if first is None else first

@@ -18,6 +18,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
 
 from eevp_batch.engine.attention import Gather, Kernel, paged_attention
+from eevp_batch.engine.invariance import to_multiple
 from eevp_batch.engine.kernel_choice import choose_kernel, objection_to
 from eevp_batch.engine.kv_cache import KvPool
 from eevp_batch.engine.packing import PackedTokens, pack
@@ -152,7 +153,7 @@ def pack_with_a_gap(kernel: Kernel, on: AttentionShape = SHAPE) -> tuple[PackedT
         shape = (len(slots), on.num_kv_heads, on.head_size)
         parts = [torch.randn(shape, generator=generator).to(on.dtype) for _ in range(2)]
         pool.write(0, slots.to(on.device), *(part.to(on.device) for part in parts))
-    return pack(sequences, 1, pool, 16), pool
+    return pack(sequences, 1, pool, to_multiple), pool
 
 
 def attended(kernel: Kernel, window: int | None) -> torch.Tensor:

@@ -140,7 +140,7 @@ def one_by_one(trial: Trial, row: Row, thresholds: Thresholds) -> list[tuple[int
     for token_id in row.generated_ids:
         pool.grow(sequence)
         for depth, bar in enumerate([*thresholds, -1.0]):
-            tokens = pack([sequence], depth, pool, model.layers.row_multiple)
+            tokens = pack([sequence], depth, pool, model.layers.padding)
             with torch.inference_mode():
                 states = model.run_segment(depth, tokens, pool)
                 decision = rule.decide(depth, states, ScoredTokens.of([sequence], tokens.scored))
